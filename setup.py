@@ -1,0 +1,70 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+ROOT = Path(__file__).parent
+URL = "https://github.com/rq-draft-revise/rq_draft_revise"
+
+
+def read_version() -> str:
+    """Reads the version as text: importing the package here would need torch before it is installed."""
+    source = (ROOT / "src" / "rq_draft_revise" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('src/rq_draft_revise/__init__.py has no line of the form __version__ = "1.2.3"')
+    return match.group(1)
+
+
+extras = {
+    "train": ["datasets", "tensorboard", "torchvision", "lpips"],
+    "eval": ["evaluate", "torch-fidelity", "datasets", "torchvision"],
+    "app": ["gradio"],
+    "docs": ["mkdocs-material", "mkdocstrings[python]", "matplotlib"],
+    # setuptools: the packaging test builds a wheel without the network, and Python 3.12 environments come without it.
+    "test": ["pytest", "pytest-timeout", "hypothesis", "datasets", "peft", "setuptools>=77"],
+}
+extras["dev"] = [*extras["test"], "ruff"]
+
+setup(
+    name="rq_draft_revise",
+    version=read_version(),
+    description="Draft-and-Revise image generation with Contextual RQ-Transformer, as a diffusers pipeline",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The rq_draft_revise contributors",
+    url=URL,
+    project_urls={"Source": URL, "Issues": f"{URL}/issues", "Paper": "https://arxiv.org/abs/2206.04452"},
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="image generation, diffusers, residual quantization, rq-vae, masked transformer, text-to-image",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.8",
+        "diffusers>=0.40",
+        "transformers>=4.57",
+        "accelerate>=1.0",
+        "huggingface_hub",
+        "safetensors",
+        "numpy",
+        "pillow>=10.1",  # the first with a scalable default font, which the contact sheets are labelled in
+        "tqdm",
+    ],
+    extras_require=extras,
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+    ],
+)

@@ -1,0 +1,59 @@
+"""The code map: what every component of the package passes on, and the one place that checks it."""
+
+import torch
+
+
+def check_codes(codes: torch.Tensor, code_depth: int, codebook_size: int, name: str = "codes") -> None:
+    """Refuse what is not a code map.
+
+    A code map holds one stack of `code_depth` codes at each of `height * width` positions. A code lies in
+    `[0, codebook_size)`; a position that has not been drafted holds `mask_token_id = codebook_size` in its whole stack.
+
+    Args:
+        codes (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map.
+        code_depth (`int`): Codes at each position, D.
+        codebook_size (`int`): Size of the codebook, K.
+        name (`str`): The argument's name in the error message.
+
+    Raises:
+        `ValueError`: wrong type, dtype, rank or depth; codes outside `[0, codebook_size]`; a stack that is masked in
+            part. Reading the values waits for the device: this belongs before a loop, never inside one.
+    """
+    if not isinstance(codes, torch.Tensor):
+        raise ValueError(f"`{name}` must be a torch.Tensor of int64, got {type(codes).__name__}.")
+    if codes.dtype != torch.int64:
+        raise ValueError(f"`{name}` must have dtype torch.int64, got {codes.dtype}.")
+    if codes.ndim != 4 or codes.shape[-1] != code_depth:
+        raise ValueError(
+            f"`{name}` must have shape (batch_size, height, width, {code_depth}), got {tuple(codes.shape)}."
+        )
+    if codes.numel() == 0:
+        raise ValueError(f"`{name}` must not be empty, got shape {tuple(codes.shape)}.")
+    low, high = (int(value) for value in codes.aminmax())
+    if low < 0 or high > codebook_size:
+        raise ValueError(
+            f"`{name}` must lie in [0, {codebook_size}] ({codebook_size} is the mask), got values in [{low}, {high}]."
+        )
+    masked = codes == codebook_size
+    partly = masked.any(dim=-1) & ~masked.all(dim=-1)
+    if partly.any():
+        raise ValueError(
+            f"`{name}` must be masked in whole stacks, but {int(partly.sum())} position(s) hold the mask "
+            f"{codebook_size} in only some of their {code_depth} codes."
+        )
+
+
+def embed_codes(codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Vectors of codes.
+
+    Args:
+        codebook (`torch.Tensor` of shape `(num_codebooks, codebook_size + 1, dim)`): One codebook for all depths, or
+            one a depth. The last row is zero, so that the mask embeds as nothing.
+        codes (`torch.Tensor` of shape `(..., d)`, int64): Codes of the first d depths, in `[0, codebook_size]`.
+
+    Returns:
+        `torch.Tensor` of shape `(..., d, dim)`.
+    """
+    if codebook.shape[0] == 1:
+        return codebook[0][codes]
+    return codebook[torch.arange(codes.shape[-1], device=codes.device), codes]

@@ -1,0 +1,400 @@
+"""Contextual RQ-Transformer: predicts whole code stacks from everything else that is known of an image."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+
+from .attention import SpatialTransformerBlock
+from .codes import embed_codes
+from .depth_transformer import DepthTransformer
+
+
+@dataclass
+class ContextualRQTransformerOutput(BaseOutput):
+    """Teacher forcing.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, n, code_depth, codebook_size)`): At the n positions of each image;
+            `(sum of n, code_depth, codebook_size)` where images have different numbers of masked positions.
+        loss (`torch.Tensor`, scalar): `image_loss`, or with text its weighted mean with `text_loss`.
+        image_loss (`torch.Tensor`, scalar): Mean negative log-likelihood (nats) of the codes at the positions.
+        text_loss (`torch.Tensor`, scalar): Mean negative log-likelihood of each next text token.
+        text_logits (`torch.Tensor` of shape `(batch_size, max_text_length - 1, text_vocab_size)`).
+    """
+
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+    image_loss: torch.Tensor | None = None
+    text_loss: torch.Tensor | None = None
+    text_logits: torch.Tensor | None = None
+
+
+@dataclass
+class StackSampleOutput(BaseOutput):
+    """Sampled stacks.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(batch_size, n)`, float32): Log-probability of each whole stack, the sum over
+            its codes, under the distribution that was sampled.
+        stacks (`torch.Tensor` of shape `(batch_size, n, code_depth)`, int64): Codes in `[0, codebook_size)`.
+    """
+
+    log_probs: torch.Tensor
+    stacks: torch.Tensor | None = None
+
+
+@dataclass
+class PrefixOutput(BaseOutput):
+    """The condition, ready for any number of sampling steps.
+
+    Args:
+        prefix_key_values (`torch.Tensor` of shape `(num_spatial_layers, 2, batch_size, prefix_length, num_attention_heads,
+            attention_head_dim)`): Keys and values of the condition in each spatial block.
+    """
+
+    prefix_key_values: torch.Tensor
+
+
+class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+    r"""Contextual RQ-Transformer (Lee et al., "Draft-and-Revise", NeurIPS 2022, section 3.2).
+
+    A bidirectional *spatial* transformer reads the code map with its masked positions and the condition before it, and
+    gives a context vector at each position; a causal *depth* transformer turns the contexts of the positions asked for
+    into their D codes. The defaults are the ImageNet model of 371,111,168 parameters (Table 1) and its null class.
+
+    The condition is a prefix that attends causally to itself alone, while image positions attend to everything: its keys
+    and values never depend on the image, so they are computed once a prompt, and next-token loss on the text cannot leak.
+
+    Args:
+        height (`int`, defaults to 8), width (`int`, defaults to 8): Positions of the code map.
+        code_depth (`int`, defaults to 4): D.
+        codebook_size (`int`, defaults to 16384): K.
+        codebook_dim (`int`, defaults to 256): Width of the RQ-VAE's codebook vectors.
+        shared_codebook (`bool`, defaults to `True`): Whether the RQ-VAE has one codebook for all depths.
+        num_spatial_layers (`int`, defaults to 24), num_depth_layers (`int`, defaults to 4): Blocks.
+        num_attention_heads (`int`, defaults to 16), attention_head_dim (`int`, defaults to 64): d is their product.
+        dropout (`float`, defaults to 0.1): On the output of each attention and MLP while training.
+        num_classes (`int`, *optional*): Class-conditional; label `num_classes` is the null class.
+        text_vocab_size (`int`, *optional*): Text-conditional; token `text_vocab_size`, which no tokenizer gives, in all
+            places of a row is the null text.
+        max_text_length (`int`, defaults to 32): Tokens of a text.
+        text_loss_weight (`float`, defaults to 0.1): Weight of the text loss; the image loss has the rest.
+    """
+
+    _supports_gradient_checkpointing = True
+    _supports_group_offloading = True
+    _no_split_modules = ["SpatialTransformerBlock", "DepthTransformerBlock"]
+    _repeated_blocks = ["SpatialTransformerBlock", "DepthTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["codebook", "norm", "embedding"]
+
+    @register_to_config
+    def __init__(
+        self,
+        height: int = 8,
+        width: int = 8,
+        code_depth: int = 4,
+        codebook_size: int = 16384,
+        codebook_dim: int = 256,
+        shared_codebook: bool = True,
+        num_spatial_layers: int = 24,
+        num_depth_layers: int = 4,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 64,
+        dropout: float = 0.1,
+        num_classes: int | None = None,
+        text_vocab_size: int | None = None,
+        max_text_length: int = 32,
+        text_loss_weight: float = 0.1,
+    ):
+        super().__init__()
+        for name, value in dict(
+            height=height,
+            width=width,
+            code_depth=code_depth,
+            codebook_size=codebook_size,
+            codebook_dim=codebook_dim,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+        ).items():
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if num_classes is not None and text_vocab_size is not None:
+            raise ValueError(
+                f"Give `num_classes` or `text_vocab_size`, not both: got {num_classes} and {text_vocab_size}."
+            )
+        if not 0 <= text_loss_weight <= 1:
+            raise ValueError(f"`text_loss_weight` must lie in [0, 1], got {text_loss_weight}.")
+
+        dim = num_attention_heads * attention_head_dim
+        num_codebooks = 1 if shared_codebook else code_depth
+        self.register_buffer("codebook", torch.zeros(num_codebooks, codebook_size + 1, codebook_dim))
+        self.mask_embedding = nn.Parameter(torch.empty(codebook_dim))
+        self.position_embedding = nn.Parameter(torch.empty(height * width, dim))
+        self.input_projection = nn.Linear(codebook_dim, dim)
+
+        self.condition_embedding = None
+        if self.prefix_length:
+            # the last row is the null condition
+            self.condition_embedding = nn.Embedding((num_classes or text_vocab_size) + 1, dim)
+            self.prefix_position_embedding = nn.Parameter(torch.empty(self.prefix_length, dim))
+        if text_vocab_size is not None:
+            self.text_norm_out = nn.LayerNorm(dim)
+            self.text_head = nn.Linear(dim, text_vocab_size)
+
+        self.blocks = nn.ModuleList(
+            SpatialTransformerBlock(dim, attention_head_dim, dropout) for _ in range(num_spatial_layers)
+        )
+        self.depth_transformer = DepthTransformer(
+            num_depth_layers, dim, attention_head_dim, code_depth, codebook_size, codebook_dim, dropout
+        )
+        self.gradient_checkpointing = False
+        self.apply(self._init_weights)
+        for name, parameter in self.named_parameters():
+            if name.endswith("_embedding"):
+                nn.init.normal_(parameter, std=0.02)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    @property
+    def mask_token_id(self) -> int:
+        """The code of a masked position, K."""
+        return self.config.codebook_size
+
+    @property
+    def num_positions(self) -> int:
+        """N = height · width."""
+        return self.config.height * self.config.width
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions of the condition: 1 for a class, `max_text_length` for a text, 0 for an unconditional model."""
+        if self.config.text_vocab_size is not None:
+            return self.config.max_text_length
+        return 0 if self.config.num_classes is None else 1
+
+    @property
+    def null_condition_id(self) -> int | None:
+        """The label or token that stands for "no condition"; `None` for an unconditional model."""
+        vocabulary = (self.config.num_classes, self.config.text_vocab_size)
+        return next((size for size in vocabulary if size is not None), None)
+
+    def set_codebook(self, codebook: torch.Tensor) -> None:
+        """Copy the RQ-VAE's codebook `(num_codebooks, codebook_size + 1, codebook_dim)`, in which codes are read."""
+        if codebook.shape != self.codebook.shape:
+            raise ValueError(f"`codebook` must have shape {tuple(self.codebook.shape)}, got {tuple(codebook.shape)}.")
+        self.codebook.copy_(codebook)
+
+    def forward(
+        self,
+        codes: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        uniforms: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        prefix_key_values: torch.Tensor | None = None,
+        guidance_scale: torch.Tensor | float | None = None,
+        temperature: torch.Tensor | float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        return_dict: bool = True,
+    ) -> ContextualRQTransformerOutput | StackSampleOutput | PrefixOutput | tuple:
+        r"""Three uses, by what is given.
+
+        - `labels`: teacher forcing. Only the positions asked for pay for depth blocks and head.
+        - `uniforms`: sampling. The result is a function of codes, positions and uniforms alone.
+        - no `codes`: the keys and values of the condition, for `prefix_key_values` of later calls.
+
+        Args:
+            codes (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map; masked stacks
+                hold `mask_token_id`.
+            positions (`torch.Tensor` of shape `(batch_size, n)`, int64): Row-major positions to predict. By default all
+                that are masked in `codes`, found by a call that waits for the device.
+            uniforms (`torch.Tensor` of shape `(batch_size, n, code_depth)`): In `[0, 1)`, one number a code.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, int64): In `[0, num_classes]`, the last the null class.
+            input_ids (`torch.Tensor` of shape `(batch_size, max_text_length)`, int64): Text, padded to full length.
+            labels (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The true code map.
+            prefix_key_values (`torch.Tensor`): From [`PrefixOutput`], instead of `class_labels` or `input_ids`.
+            guidance_scale (`float` or scalar tensor, *optional*): Classifier-free guidance
+                `ℓ = ℓ_u + s(ℓ_c - ℓ_u)` while sampling. The condition then has `2 * batch_size` rows: the conditions,
+                then the null conditions.
+            temperature (`float` or scalar tensor, defaults to 1): Of the sampling, positive. Scalar tensors spare a
+                compiled step the recompilation.
+            top_k (`int`, *optional*), top_p (`float`, *optional*): Sample among the most probable codes of each depth.
+            return_dict (`bool`, defaults to `True`): An output class, or its fields as a tuple.
+
+        Raises:
+            `ValueError`: shapes that do not fit the model or each other, a condition missing or not known to the model,
+                both or neither of `labels` and `uniforms`.
+        """
+        self._check_inputs(codes, positions, uniforms, class_labels, input_ids, labels, prefix_key_values, guidance_scale)
+        prefix_states = None
+        if class_labels is not None or input_ids is not None:
+            condition = class_labels.unsqueeze(1) if class_labels is not None else input_ids  # (B, P)
+            prefix_states, prefix_key_values = self._encode_prefix(condition)
+        if codes is None:
+            return PrefixOutput(prefix_key_values) if return_dict else (prefix_key_values,)
+
+        context = self._encode_codes(codes, prefix_key_values, guided=guidance_scale is not None)  # (B, N, d)
+        index, shape = self._positions_to_index(codes, positions)  # (M,), leading shape of the result
+        if uniforms is not None:
+            if guidance_scale is not None:
+                index = torch.cat([index, index + codes.shape[0] * self.num_positions])
+            stacks, log_probs = self.depth_transformer(
+                context.flatten(0, 1).index_select(0, index),  # (M, d), or (2M, d) with guidance
+                self.codebook,
+                uniforms=uniforms.flatten(0, -2),
+                guidance_scale=guidance_scale,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+            )
+            stacks, log_probs = stacks.unflatten(0, shape), log_probs.sum(dim=-1).unflatten(0, shape)
+            return StackSampleOutput(log_probs, stacks) if return_dict else (log_probs, stacks)
+
+        stacks = labels.flatten(0, 2).index_select(0, index)  # (M, D)
+        logits = self.depth_transformer(
+            context.flatten(0, 1).index_select(0, index), self.codebook, stacks=stacks
+        )  # (M, D, K)
+        loss = image_loss = F.cross_entropy(logits.flatten(0, 1).float(), stacks.flatten())
+        text_loss = text_logits = None
+        if input_ids is not None:
+            text_logits, text_loss = self._text_loss(prefix_states, input_ids)
+            loss = (1 - self.config.text_loss_weight) * image_loss + self.config.text_loss_weight * text_loss
+        logits = logits.unflatten(0, shape)
+        if not return_dict:
+            return logits, loss, image_loss, text_loss, text_logits
+        return ContextualRQTransformerOutput(logits, loss, image_loss, text_loss, text_logits)
+
+    def _encode_prefix(self, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Labels or tokens `(B, P)` -> hidden states `(B, P, d)`, keys and values `(layers, 2, B, P, heads, d/heads)`."""
+        hidden_states = self.condition_embedding(condition) + self.prefix_position_embedding  # (B, P, d)
+        keys, values = [], []
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states, key, value = self._gradient_checkpointing_func(block, hidden_states, None, None, True)
+            else:
+                hidden_states, key, value = block(hidden_states, is_causal=True)
+            keys.append(key)
+            values.append(value)
+        return hidden_states, torch.stack([torch.stack(keys), torch.stack(values)], dim=1)
+
+    def _encode_codes(self, codes: torch.Tensor, prefix: torch.Tensor | None, guided: bool) -> torch.Tensor:
+        """Code map `(B, h, w, D)` -> context `(B, N, d)`, or `(2B, N, d)` when guided."""
+        codes = codes.flatten(1, 2)  # (B, N, D)
+        masked = (codes[..., :1] == self.mask_token_id)  # (B, N, 1)
+        # P is affine and applied at each depth: Σ_d P(e_d) = D · P(mean_d e_d), at a D-th of the work.
+        vectors = embed_codes(self.codebook, codes).mean(dim=-2)  # (B, N, C)
+        depth = self.config.code_depth
+        known = depth * self.input_projection(vectors)  # (B, N, d)
+        hidden_states = torch.where(masked, self.input_projection(self.mask_embedding), known) + self.position_embedding
+        if guided:
+            hidden_states = torch.cat([hidden_states, hidden_states])  # (2B, N, d)
+        for i, block in enumerate(self.blocks):
+            past = (None, None) if prefix is None else (prefix[i, 0], prefix[i, 1])
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states, _, _ = self._gradient_checkpointing_func(block, hidden_states, *past)
+            else:
+                hidden_states, _, _ = block(hidden_states, *past)
+        return hidden_states
+
+    def _positions_to_index(
+        self, codes: torch.Tensor, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Positions as indices into the flattened batch, `(M,)`, and the shape that M unflattens to."""
+        batch_size = codes.shape[0]
+        if positions is not None:
+            first = torch.arange(batch_size, device=codes.device).unsqueeze(1) * self.num_positions
+            return (first + positions).flatten(), tuple(positions.shape)
+        masked = codes[..., 0].flatten(1) == self.mask_token_id  # (B, N)
+        index = masked.flatten().nonzero().squeeze(-1)  # (M,)
+        if index.shape[0] % batch_size == 0 and bool((masked.sum(dim=1) * batch_size == index.shape[0]).all()):
+            return index, (batch_size, index.shape[0] // batch_size)
+        return index, (index.shape[0],)
+
+    def _text_loss(self, prefix_states: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Next-token logits `(B, P-1, V)` and their mean negative log-likelihood over the rows that hold a text."""
+        logits = self.text_head(self.text_norm_out(prefix_states[:, :-1]))
+        targets = input_ids[:, 1:].masked_fill(input_ids[:, 1:] == self.null_condition_id, -100)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+        return logits, losses / (targets != -100).sum().clamp(min=1)
+
+    def _check_inputs(
+        self, codes, positions, uniforms, class_labels, input_ids, labels, prefix_key_values, guidance_scale
+    ) -> None:
+        """Shapes and combinations; values are not read, since that would wait for the device."""
+        conditions = dict(class_labels=class_labels, input_ids=input_ids, prefix_key_values=prefix_key_values)
+        given = [name for name, value in conditions.items() if value is not None]
+        allowed = {
+            0: [],
+            1: ["class_labels", "prefix_key_values"],
+        }.get(self.prefix_length if self.config.text_vocab_size is None else 2, ["input_ids", "prefix_key_values"])
+        if allowed and (len(given) != 1 or given[0] not in allowed):
+            raise ValueError(f"This model takes exactly one of {allowed}, got {given or 'none'}.")
+        if not allowed and given:
+            raise ValueError(f"This model is unconditional and takes no condition, got {given}.")
+        if guidance_scale is not None and not allowed:
+            raise ValueError(f"`guidance_scale` must be None for an unconditional model, got {guidance_scale}.")
+        if codes is None:
+            if not allowed or prefix_key_values is not None:
+                raise ValueError("`codes` may be left out only where `class_labels` or `input_ids` is given.")
+            batch_size = None
+        else:
+            config = self.config
+            expected = (config.height, config.width, config.code_depth)
+            if codes.ndim != 4 or tuple(codes.shape[1:]) != expected or codes.dtype != torch.int64:
+                raise ValueError(
+                    f"`codes` must be int64 of shape (batch_size, {', '.join(map(str, expected))}), "
+                    f"got {codes.dtype} of {tuple(codes.shape)}."
+                )
+            batch_size = codes.shape[0]
+            if (labels is None) == (uniforms is None):
+                raise ValueError(
+                    "Give exactly one of `labels` (teacher forcing) and `uniforms` (sampling), "
+                    f"got {'both' if labels is not None else 'neither'}."
+                )
+            if labels is not None and labels.shape != codes.shape:
+                raise ValueError(f"`labels` must have the shape of `codes`, {tuple(codes.shape)}, got {tuple(labels.shape)}.")
+            if labels is not None and guidance_scale is not None:
+                raise ValueError(f"`guidance_scale` is for sampling and must be None with `labels`, got {guidance_scale}.")
+            if positions is not None and (
+                positions.ndim != 2 or positions.shape[0] != batch_size or positions.dtype != torch.int64
+            ):
+                raise ValueError(
+                    f"`positions` must be int64 of shape ({batch_size}, n), got {positions.dtype} of {tuple(positions.shape)}."
+                )
+            if uniforms is not None and positions is not None:
+                if tuple(uniforms.shape) != (*positions.shape, config.code_depth):
+                    raise ValueError(
+                        f"`uniforms` must have shape {(*positions.shape, config.code_depth)}, got {tuple(uniforms.shape)}."
+                    )
+            rows = batch_size if guidance_scale is None else 2 * batch_size
+        if class_labels is not None and (class_labels.ndim != 1 or class_labels.dtype != torch.int64):
+            raise ValueError(
+                f"`class_labels` must be int64 of shape (batch_size,), got {class_labels.dtype} of {tuple(class_labels.shape)}."
+            )
+        if input_ids is not None and (
+            input_ids.ndim != 2 or input_ids.shape[1] != self.prefix_length or input_ids.dtype != torch.int64
+        ):
+            raise ValueError(
+                f"`input_ids` must be int64 of shape (batch_size, {self.prefix_length}), "
+                f"got {input_ids.dtype} of {tuple(input_ids.shape)}."
+            )
+        if codes is not None and allowed:
+            size = prefix_key_values.shape[2] if prefix_key_values is not None else conditions[given[0]].shape[0]
+            if size != rows:
+                raise ValueError(
+                    f"`{given[0]}` must have {rows} rows ({'twice ' if rows != batch_size else ''}the batch), got {size}."
+                )

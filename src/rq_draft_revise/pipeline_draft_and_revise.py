@@ -1,0 +1,496 @@
+"""From a prompt or a class to an image: draft every position once, then revise the whole."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import logging
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from .codes import check_codes
+from .contextual_rq_transformer import ContextualRQTransformerModel
+from .rqvae import RQVAEModel
+from .scheduling_draft_and_revise import DraftAndReviseScheduler
+
+logger = logging.get_logger(__name__)
+
+
+
+class DraftAndRevisePipeline(DiffusionPipeline):
+    r"""Text- or class-conditional, or unconditional, image generation by Draft-and-Revise.
+
+    Args:
+        vae ([`RQVAEModel`]): Decodes codes to images.
+        transformer ([`ContextualRQTransformerModel`]): Predicts stacks of codes.
+        scheduler ([`DraftAndReviseScheduler`]): Partitions, phases, and the defaults of this pipeline's call.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Of a text-conditional transformer.
+        id2label (`dict[int, str]`, *optional*): Names of the classes of a class-conditional transformer; alternatives
+            separated by commas.
+
+    Raises:
+        `ValueError`: the RQ-VAE and the transformer have different codebooks, or code maps of different depth.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["tokenizer"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        vae: RQVAEModel,
+        transformer: ContextualRQTransformerModel,
+        scheduler: DraftAndReviseScheduler,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        id2label: dict | None = None,
+    ):
+        super().__init__()
+        if vae is not None and transformer is not None:
+            check_same_codebook(vae, transformer)
+        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, tokenizer=tokenizer)
+        # JSON has no integer keys
+        id2label = None if id2label is None else {int(label): name for label, name in id2label.items()}
+        self.register_to_config(id2label=id2label)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=vae.spatial_scale_factor if vae is not None else 1)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the revise phase; may be changed by a callback between steps, as may [`draft_guidance_scale`]."""
+        return self._guidance_scale
+
+    @property
+    def draft_guidance_scale(self) -> float:
+        """Guidance of the draft."""
+        return self._draft_guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the run at hand, draft and revisions together."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to leave out the remaining steps."""
+        return self._interrupt
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Class ids of names, such as `pipe.get_label_ids(["volcano"])`.
+
+        Raises:
+            `ValueError`: the pipeline has no `id2label`, or a name is not in it.
+        """
+        if self.config.id2label is None:
+            raise ValueError("`label` needs a pipeline with `id2label`, and this one has none: give class ids.")
+        ids = {
+            name.strip().lower(): int(i) for i, names in self.config.id2label.items() for name in [names, *names.split(",")]
+        }
+        labels = [label] if isinstance(label, str) else label
+        unknown = [name for name in labels if not isinstance(name, str) or name.strip().lower() not in ids]
+        if unknown:
+            examples = ", ".join(sorted(ids)[:5])
+            raise ValueError(f"`label` must be names in `pipe.config.id2label` ({examples}, ...), got {unknown}.")
+        return [ids[name.strip().lower()] for name in labels]
+
+    def check_inputs(
+        self,
+        prompt=None,
+        class_labels=None,
+        negative_prompt=None,
+        num_images_per_prompt=1,
+        num_inference_steps=None,
+        num_revise_steps=None,
+        num_revisions=None,
+        guidance_scale=None,
+        temperature=None,
+        draft_guidance_scale=None,
+        draft_temperature=None,
+        selection=None,
+        top_k=None,
+        top_p=None,
+        generator=None,
+        latents=None,
+        output_type="pil",
+        callback_on_step_end_tensor_inputs=None,
+    ) -> None:
+        """Refuse what [`__call__`] cannot do, each with a `ValueError` that names the argument and what is allowed."""
+        config = self.transformer.config
+        if not _is_integer(num_images_per_prompt) or num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be a positive integer, got {num_images_per_prompt!r}.")
+
+        # the condition
+        if prompt is not None and class_labels is not None:
+            raise ValueError("Give `prompt` or `class_labels`, not both.")
+        if config.text_vocab_size is not None:
+            if prompt is None:
+                raise ValueError("`prompt` must be a string or a list of strings: this model is text-conditional.")
+            if self.tokenizer is None:
+                raise ValueError("`prompt` needs a pipeline with a `tokenizer`, and this one has none.")
+        elif prompt is not None:
+            kind = "unconditional" if config.num_classes is None else "class-conditional: give `class_labels`"
+            raise ValueError(f"`prompt` must be None: this model is {kind}.")
+        if config.num_classes is not None and class_labels is None:
+            raise ValueError("`class_labels` must be ids or names of classes: this model is class-conditional.")
+        if config.num_classes is None and class_labels is not None:
+            raise ValueError("`class_labels` must be None: this model is not class-conditional.")
+        for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if texts is None:
+                continue
+            texts = [texts] if isinstance(texts, str) else texts
+            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"`{name}` must be a string or a non-empty list of strings, got {texts!r}.")
+            if name == "prompt" and not all(text.strip() for text in texts):
+                raise ValueError(f"`prompt` must not be empty, got {texts!r}.")
+        if negative_prompt is not None and prompt is None:
+            raise ValueError("`negative_prompt` needs a `prompt`.")
+        if isinstance(negative_prompt, list):
+            num_prompts = 1 if isinstance(prompt, str) else len(prompt)
+            if len(negative_prompt) != num_prompts:
+                raise ValueError(
+                    f"`negative_prompt` must be one string or {num_prompts}, one a prompt, got {len(negative_prompt)}."
+                )
+        if class_labels is not None:
+            for label in self._class_ids(class_labels):
+                if not 0 <= label < config.num_classes:
+                    raise ValueError(f"`class_labels` must lie in [0, {config.num_classes - 1}], got {label}.")
+
+        # the sampler
+        for name, value, smallest in (
+            ("num_inference_steps", num_inference_steps, 0),
+            ("num_revise_steps", num_revise_steps, 1),
+            ("num_revisions", num_revisions, 0),
+            ("top_k", top_k, 1),
+        ):
+            if value is not None and (not _is_integer(value) or value < smallest):
+                raise ValueError(f"`{name}` must be an integer of at least {smallest}, got {value!r}.")
+        conditional = self.transformer.prefix_length > 0
+        for name, value in (("guidance_scale", guidance_scale), ("draft_guidance_scale", draft_guidance_scale)):
+            if value is not None and (not _is_finite(value) or value < 0):
+                raise ValueError(f"`{name}` must be a finite number of at least 0 (1 is no guidance), got {value!r}.")
+            if value is not None and value != 1 and not conditional:
+                raise ValueError(f"`{name}` must be 1 or None: this model is unconditional, got {value!r}.")
+        for name, value in (("temperature", temperature), ("draft_temperature", draft_temperature)):
+            if value is not None and (not _is_finite(value) or value <= 0):
+                raise ValueError(
+                    f"`{name}` must be a positive finite number, got {value!r}. For the most probable codes take `top_k=1`."
+                )
+        if top_p is not None and (not _is_finite(top_p) or not 0 < top_p <= 1):
+            raise ValueError(f"`top_p` must lie in (0, 1], got {top_p!r}.")
+
+        # the rest
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
+        batch_size = self._batch_size(prompt, class_labels, num_images_per_prompt, latents)
+        if latents is not None:
+            check_codes(latents, config.code_depth, config.codebook_size, name="latents")
+            expected = (batch_size, config.height, config.width, config.code_depth)
+            if tuple(latents.shape) != expected:
+                raise ValueError(f"`latents` must have shape {expected}, got {tuple(latents.shape)}.")
+        generators = generator if isinstance(generator, (list, tuple)) else [generator] * (generator is not None)
+        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+            raise ValueError(f"`generator` must be one or a list of {batch_size}, one an image, got {len(generator)}.")
+        for one in generators:
+            if not isinstance(one, torch.Generator):
+                raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {type(one).__name__}.")
+        allowed = self._callback_tensor_inputs
+        if callback_on_step_end_tensor_inputs is not None and not all(
+            name in allowed for name in callback_on_step_end_tensor_inputs
+        ):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {allowed}, got {callback_on_step_end_tensor_inputs}."
+            )
+
+    def _class_ids(self, class_labels) -> list[int]:
+        """Ids of labels given as an id, a name, a tensor, or a list of ids and names."""
+        if isinstance(class_labels, torch.Tensor):
+            if class_labels.is_floating_point() or class_labels.ndim > 1:
+                raise ValueError(
+                    f"`class_labels` must be integers of shape (batch_size,), got {class_labels.dtype} "
+                    f"of shape {tuple(class_labels.shape)}."
+                )
+            class_labels = class_labels.tolist()
+        labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
+        if not labels:
+            raise ValueError("`class_labels` must not be an empty list.")
+        ids = []
+        for label in labels:
+            if isinstance(label, str):
+                ids += self.get_label_ids(label)
+            elif _is_integer(label):
+                ids.append(int(label))
+            else:
+                raise ValueError(f"`class_labels` must be ids or names of classes, got {label!r}.")
+        return ids
+
+    def _batch_size(self, prompt, class_labels, num_images_per_prompt, latents) -> int:
+        """Images of a call; without a condition they may be counted by `latents`."""
+        if prompt is not None:
+            return (1 if isinstance(prompt, str) else len(prompt)) * num_images_per_prompt
+        if class_labels is not None:
+            return len(self._class_ids(class_labels)) * num_images_per_prompt
+        if isinstance(latents, torch.Tensor) and latents.ndim == 4 and num_images_per_prompt == 1:
+            return latents.shape[0]
+        return num_images_per_prompt
+
+    def encode_condition(
+        self,
+        prompt: str | list[str] | None = None,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = False,
+        device: torch.device | None = None,
+    ) -> torch.Tensor | None:
+        """Keys and values of the condition, computed once and good for every step.
+
+        Args:
+            prompt, class_labels, num_images_per_prompt, negative_prompt: As in [`__call__`].
+            do_classifier_free_guidance (`bool`, defaults to `False`): Append the null conditions, or the negative prompts.
+            device (`torch.device`, *optional*): By default where the pipeline executes.
+
+        Returns:
+            `torch.Tensor` of shape `(num_spatial_layers, 2, rows, prefix_length, heads, head_dim)` with one row an image,
+            or two with guidance (all conditions first); `None` for an unconditional model.
+        """
+        device = device or self._execution_device
+        name = "class_labels" if class_labels is not None else "input_ids"
+        if class_labels is not None:
+            condition = torch.tensor(self._class_ids(class_labels), device=device)
+        elif prompt is not None:
+            condition = self._tokenize(prompt).to(device)
+        else:
+            return None
+        if do_classifier_free_guidance:
+            null = torch.full_like(condition, self.transformer.null_condition_id)
+            if negative_prompt is not None:
+                null = self._tokenize(negative_prompt).to(device).expand_as(condition)
+            condition = torch.cat([condition, null])
+        prefix = self.transformer(**{name: condition}).prefix_key_values
+        return prefix.repeat_interleave(num_images_per_prompt, dim=2)
+
+    def _tokenize(self, prompt: str | list[str]) -> torch.Tensor:
+        """Token ids `(number of prompts, max_text_length)`, padded and truncated to that length."""
+        length = self.transformer.config.max_text_length
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        ids = self.tokenizer(
+            prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+        for text, full in zip(prompt, self.tokenizer(prompt).input_ids, strict=True):
+            if len(full) > length:
+                logger.warning(f"`prompt` has {len(full)} tokens, of which the model reads the first {length}: {text!r}.")
+        return ids
+
+    def prepare_latents(self, batch_size: int, latents: torch.Tensor | None = None) -> torch.Tensor:
+        """The code map to start from, `(batch_size, height, width, code_depth)`: all masked unless given."""
+        config, device = self.transformer.config, self._execution_device
+        if latents is not None:
+            return latents.to(device)
+        shape = (batch_size, config.height, config.width, config.code_depth)
+        return torch.full(shape, self.transformer.mask_token_id, device=device)
+
+    def prepare_steps(self, latents: torch.Tensor, num_inference_steps, num_revise_steps, num_revisions, selection):
+        """Set the scheduler's timesteps. Saved defaults shrink to the positions at hand; explicit numbers must fit."""
+        config, num_positions = self.scheduler.config, self.transformer.num_positions
+        to_draft = int((latents[..., 0] == self.transformer.mask_token_id).flatten(1).sum(dim=1).max())
+        if num_inference_steps is None:
+            num_inference_steps = min(config.num_inference_steps, to_draft)
+            num_inference_steps = max(num_inference_steps, min(1, to_draft))
+        if num_revise_steps is None:
+            num_revise_steps = min(config.num_revise_steps, num_positions)
+        self.scheduler.set_timesteps(num_inference_steps, num_revise_steps, num_revisions, selection=selection)
+
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | torch.Tensor:
+        """Codes to images; undrafted positions decode as the zero vector, so a draft may be watched while it forms.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): Codes.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` `(batch_size, H, W, 3)` or `"pt"`
+                `(batch_size, 3, H, W)`, both in `[0, 1]`, or `"latent"` for the codes themselves.
+        """
+        if output_type == "latent":
+            return latents
+        # float16 ends at 65504, which a decoder's activations can pass; the way there and back loses nothing.
+        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+        if upcast:
+            self.vae.to(torch.float32)
+        try:
+            with torch.no_grad():
+                image = self.vae.decode(latents).sample  # (B, 3, H, W)
+        finally:
+            if upcast:
+                self.vae.to(torch.float16)
+        return self.image_processor.postprocess(image.float(), output_type=output_type)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        num_revise_steps: int | None = None,
+        num_revisions: int | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        draft_guidance_scale: float | None = None,
+        draft_temperature: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        selection: str | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["DraftAndRevisePipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  (diffusers' signature)
+    ) -> ImagePipelineOutput | tuple:
+        r"""Generate images. `None` takes the scheduler's saved default, here and below.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): For a text-conditional model.
+            class_labels (`int`, `str`, a list of them, or an int tensor, *optional*): Ids or names, for a
+                class-conditional model.
+            num_images_per_prompt (`int`, defaults to 1): Images of each prompt or class.
+            num_inference_steps (`int`, *optional*): Steps of the draft, T_draft, in `[1, positions to draft]`; 0 where
+                `latents` leave nothing to draft.
+            num_revise_steps (`int`, *optional*): Steps of one revision, T_revise, in `[1, positions]`.
+            num_revisions (`int`, *optional*): Revisions, M; 0 returns the draft.
+            guidance_scale (`float`, *optional*): Classifier-free guidance of the revise phase, at least 0; 1 means none and
+                costs no second forward.
+            temperature (`float`, *optional*): Temperature of the revise phase, positive.
+            draft_guidance_scale (`float`, *optional*), draft_temperature (`float`, *optional*): The same for the draft.
+            negative_prompt (`str` or `list[str]`, *optional*): Guides away from this instead of from the null text.
+            selection (`str`, *optional*): `"random"`, `"top-c"` or `"top-c-50%"`: see [`DraftAndReviseScheduler`].
+            top_k (`int`, *optional*), top_p (`float` in (0, 1], *optional*): Sample among the most probable codes.
+            generator (`torch.Generator` or a list of one an image, *optional*): With a list, an image depends on its own
+                generator alone, whatever its batch (exactly in float32 on the CPU, but for ties; half precision rounds
+                differently in different batches).
+            latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): Codes to start
+                from. Only masked stacks are drafted; without any the call only revises.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the codes.
+            return_dict (`bool`, defaults to `True`): An `ImagePipelineOutput` with `images`, or a tuple of them.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, callback_kwargs)` after
+                each step; may return a dictionary with new `latents`.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): What `callback_kwargs` holds.
+
+        Raises:
+            `ValueError`: an argument out of its range, or one that this model has no use for.
+        """
+        self.check_inputs(
+            prompt,
+            class_labels,
+            negative_prompt,
+            num_images_per_prompt,
+            num_inference_steps,
+            num_revise_steps,
+            num_revisions,
+            guidance_scale,
+            temperature,
+            draft_guidance_scale,
+            draft_temperature,
+            selection,
+            top_k,
+            top_p,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        defaults = self.scheduler.config
+        temperature = defaults.temperature if temperature is None else temperature
+        draft_temperature = defaults.draft_temperature if draft_temperature is None else draft_temperature
+        top_k = defaults.top_k if top_k is None else top_k
+        top_p = defaults.top_p if top_p is None else top_p
+        self._guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        self._draft_guidance_scale = defaults.draft_guidance_scale if draft_guidance_scale is None else draft_guidance_scale
+        self._interrupt = False
+
+        # 1. What to start from, and what to do
+        batch_size = self._batch_size(prompt, class_labels, num_images_per_prompt, latents)
+        latents = self.prepare_latents(batch_size, latents)  # (B, h, w, D)
+        self.prepare_steps(latents, num_inference_steps, num_revise_steps, num_revisions, selection)
+        self.scheduler.set_partitions(latents, self.transformer.mask_token_id, generator)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+
+        # 2. The condition, once for all steps
+        conditional = self.transformer.prefix_length > 0
+        guided = conditional and (self.guidance_scale != 1 or self.draft_guidance_scale != 1)
+        condition = (prompt, class_labels, num_images_per_prompt, negative_prompt)
+        prefix = self.encode_condition(*condition, do_classifier_free_guidance=guided)
+
+        # 3. Draft, then revise
+        scalars = {}
+
+        def scalar(value: float) -> torch.Tensor:
+            """A number as a tensor, which a compiled step takes without recompiling; sent to the device once."""
+            return scalars.setdefault(value, torch.tensor(float(value), device=latents.device))
+
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                draft = self.scheduler.is_draft(timestep)
+                scale = self.draft_guidance_scale if draft else self.guidance_scale
+                guided = conditional and scale != 1
+                if guided and prefix.shape[2] == batch_size:  # a callback has just turned guidance on
+                    prefix = self.encode_condition(*condition, do_classifier_free_guidance=True)
+
+                step = self.scheduler.get_step_input(latents, timestep)
+                output = self.transformer(
+                    step.codes,
+                    step.positions,
+                    step.uniforms,
+                    prefix_key_values=prefix if guided or not conditional else prefix[:, :, :batch_size],
+                    guidance_scale=scalar(scale) if guided else None,
+                    temperature=scalar(draft_temperature if draft else temperature),
+                    top_k=top_k,
+                    top_p=top_p,
+                )
+                latents = self.scheduler.step((output.stacks, output.log_probs), timestep, latents).prev_sample
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    callback_outputs = callback_on_step_end(self, i, timestep, callback_kwargs) or {}
+                    latents = callback_outputs.pop("latents", latents)
+                progress_bar.update()
+
+        # 4. Decode
+        images = self.decode_latents(latents, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def check_same_codebook(vae: RQVAEModel, transformer: ContextualRQTransformerModel) -> None:
+    """Raise a `ValueError` unless both models read codes in the same codebook, up to the rounding of their dtypes."""
+    ours, theirs = vae.quantizer.codebook, transformer.codebook
+    if vae.config.code_depth != transformer.config.code_depth:
+        raise ValueError(
+            f"`vae` and `transformer` must have the same code_depth, got {vae.config.code_depth} and "
+            f"{transformer.config.code_depth}."
+        )
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"`vae` and `transformer` must have the same codebook, got shapes {tuple(ours.shape)} and {tuple(theirs.shape)}."
+        )
+    if ours.is_meta or theirs.is_meta:
+        return
+    coarser = max(ours.dtype, theirs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    if not torch.equal(ours.cpu().to(coarser), theirs.cpu().to(coarser)):
+        raise ValueError(
+            "`vae` and `transformer` must have the same codebook, got different values. A transformer takes over its "
+            "RQ-VAE's by `transformer.set_codebook(vae.quantizer.codebook)`, but must be trained on its codes."
+        )
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)

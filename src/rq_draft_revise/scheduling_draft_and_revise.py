@@ -1,0 +1,331 @@
+"""Which positions each step predicts, and which of the predictions it keeps: Algorithms 1 and 2 of the paper."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+
+SELECTIONS = ("random", "top-c", "top-c-50%")
+
+
+@dataclass
+class DraftAndReviseSchedulerOutput(BaseOutput):
+    """Output of [`DraftAndReviseScheduler.step`].
+
+    Args:
+        prev_sample (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map after the
+            step, input of the next.
+    """
+
+    prev_sample: torch.Tensor
+
+
+@dataclass
+class StepInput(BaseOutput):
+    """What the transformer is asked in one step; output of [`DraftAndReviseScheduler.get_step_input`].
+
+    Args:
+        codes (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map as the transformer
+            sees it: the positions to predict are masked.
+        positions (`torch.Tensor` of shape `(batch_size, n)`, int64): Row-major positions to predict. Images that have
+            fewer than others in this step repeat a position; `step` ignores what is predicted there.
+        uniforms (`torch.Tensor` of shape `(batch_size, n, code_depth)`, float32): In `[0, 1)`, one number a code.
+    """
+
+    codes: torch.Tensor
+    positions: torch.Tensor | None = None
+    uniforms: torch.Tensor | None = None
+
+
+def _block_sizes(num_positions: int, num_steps: int) -> list[int]:
+    """Sizes of a balanced partition: they differ by one at most and sum to `num_positions`."""
+    bounds = [step * num_positions // num_steps for step in range(num_steps + 1)]
+    return [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
+    r"""Draft-and-Revise sampling (sections 3.3 and 3.4): first every position is drafted once, block by block; then the
+    whole image is revised `num_revisions` times, each time along a fresh partition into `num_revise_steps` blocks, where
+    only the block at hand is masked and predicted anew from everything else.
+
+    All that is random is drawn in [`set_partitions`], image by image from its own generator, so that a step is a function
+    of its inputs, reads nothing back from the device, and an image does not depend on its batch.
+
+    The arguments are the defaults that a pipeline saves with its models; each is an argument of the pipeline's call too.
+
+    Args:
+        num_inference_steps (`int`, defaults to 64): Steps of the draft, T_draft.
+        num_revise_steps (`int`, defaults to 2): Steps of one revision, T_revise.
+        num_revisions (`int`, defaults to 3): Revisions, M.
+        guidance_scale (`float`, defaults to 1.0): Classifier-free guidance while revising; 1 means none.
+        temperature (`float`, defaults to 0.8): Temperature while revising.
+        draft_guidance_scale (`float`, defaults to 1.0): Classifier-free guidance while drafting.
+        draft_temperature (`float`, defaults to 1.0): Temperature while drafting.
+        selection (`str`, defaults to `"random"`): Which predictions a draft step keeps (supplement C). `"random"`: a block
+            of a random partition, and only that block is predicted. `"top-c"`: all undrafted positions are predicted,
+            and the most confident kept. `"top-c-50%"`: of those, the less confident half is dropped and the block chosen
+            uniformly from the rest. Confidence is the log-probability of the stack.
+        top_k (`int`, *optional*), top_p (`float`, *optional*): Sample among the most probable codes of each depth.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_inference_steps: int = 64,
+        num_revise_steps: int = 2,
+        num_revisions: int = 3,
+        guidance_scale: float = 1.0,
+        temperature: float = 0.8,
+        draft_guidance_scale: float = 1.0,
+        draft_temperature: float = 1.0,
+        selection: str = "random",
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ):
+        self.set_timesteps()
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        num_revise_steps: int | None = None,
+        num_revisions: int | None = None,
+        selection: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Lay out a run: `timesteps` counts from 0 through the draft and then through each revision.
+
+        Args:
+            num_inference_steps (`int`, *optional*): Steps of the draft, 0 or more; `None` takes the saved default, here
+                as below.
+            num_revise_steps (`int`, *optional*): Steps of one revision, 1 or more.
+            num_revisions (`int`, *optional*): Revisions, 0 or more.
+            selection (`str`, *optional*): One of `"random"`, `"top-c"`, `"top-c-50%"`.
+            device (`torch.device`, *optional*): Accepted for diffusers' sake. `timesteps` stay on the CPU, where reading
+                them costs no wait for the device.
+
+        Raises:
+            `ValueError`: a number that is no integer or too small, or an unknown selection.
+        """
+
+        def default(name, value):
+            return self.config[name] if value is None else value
+
+        self.num_inference_steps = default("num_inference_steps", num_inference_steps)
+        self.num_revise_steps = default("num_revise_steps", num_revise_steps)
+        self.num_revisions = default("num_revisions", num_revisions)
+        self.selection = default("selection", selection)
+        for name, smallest in (("num_inference_steps", 0), ("num_revise_steps", 1), ("num_revisions", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+                raise ValueError(f"`{name}` must be an integer of at least {smallest}, got {value!r}.")
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"`selection` must be one of {SELECTIONS}, got {self.selection!r}.")
+        self.timesteps = torch.arange(self.num_inference_steps + self.num_revisions * self.num_revise_steps)
+        self._blocks = None
+
+    def is_draft(self, timestep: int | torch.Tensor) -> bool:
+        """Whether a timestep belongs to the draft rather than to a revision."""
+        return int(timestep) < self.num_inference_steps
+
+    def set_partitions(
+        self,
+        sample: torch.Tensor,
+        mask_token_id: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        region: torch.Tensor | None = None,
+    ) -> None:
+        """Draw the partitions and the uniform numbers of the whole run.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map to start from;
+                its masked positions are drafted.
+            mask_token_id (`int`): The code of a masked position.
+            generator (`torch.Generator` or a list of one an image, *optional*): The source of the numbers. One generator
+                serves the images in their order.
+            region (`torch.Tensor` of shape `(batch_size, height, width)`, bool, *optional*): The positions that are
+                revised; all by default.
+
+        Raises:
+            `ValueError`: fewer steps than are needed to draft (0), or more steps than positions; a list of generators of
+                the wrong length; a region of the wrong shape, or one that leaves out a masked position.
+        """
+        batch_size, height, width, code_depth = sample.shape
+        num_positions = height * width
+        masked = (sample[..., 0] == mask_token_id).flatten(1).cpu()
+        region = torch.ones_like(masked) if region is None else region.cpu()
+        if region.numel() != masked.numel() or region.dtype != torch.bool:
+            raise ValueError(
+                f"`region` must be bool of shape {(batch_size, height, width)}, got {region.dtype} of {tuple(region.shape)}."
+            )
+        region = region.view_as(masked)
+        if (masked & ~region).any():
+            raise ValueError("`region` must hold every masked position of `sample`.")
+        most = int(masked.sum(dim=1).max())
+        if self.num_inference_steps > most or (self.num_inference_steps == 0 and most):
+            raise ValueError(
+                f"`num_inference_steps` must lie in [{min(1, most)}, {most}], as there are {most} positions to draft, "
+                f"got {self.num_inference_steps}."
+            )
+        most = int(region.sum(dim=1).max())
+        if self.num_revisions and self.num_revise_steps > most:
+            raise ValueError(
+                f"`num_revise_steps` must lie in [1, {most}], as there are {most} positions to revise, "
+                f"got {self.num_revise_steps}."
+            )
+        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+            raise ValueError(f"`generator` must be one or a list of {batch_size}, one an image, got {len(generator)}.")
+
+        images = []
+        for row in range(batch_size):
+            source = generator[row] if isinstance(generator, (list, tuple)) else generator
+            images.append(self._draw_image(masked[row], region[row], code_depth, source))
+
+        self.mask_token_id = mask_token_id
+        device = sample.device
+        # One partition a phase, one tensor of keys and uniforms a phase; the images of a batch side by side.
+        self._keys = [torch.stack(keys).to(device) for keys in zip(*(image[0] for image in images), strict=True)]
+        self._uniforms = [torch.stack(u).to(device) for u in zip(*(image[1] for image in images), strict=True)]
+        self._blocks = []
+        for timestep in range(len(self.timesteps)):
+            blocks = [image[2][timestep] for image in images]
+            size = max(len(block) for block in blocks)
+            padded = torch.full((batch_size, size), num_positions)  # one past the end: `step` writes there in vain
+            for row, block in enumerate(blocks):
+                padded[row, : len(block)] = block
+            self._blocks.append(padded.to(device))
+        self._sizes = [torch.tensor([len(image[2][t]) for image in images]) for t in range(len(self.timesteps))]
+        self._remaining = []
+        remaining = masked.sum(dim=1)
+        for timestep in range(self.num_inference_steps):
+            self._remaining.append((remaining.clone().to(device), int(remaining.max())))
+            remaining = remaining - self._sizes[timestep]
+        self._sizes = [sizes.to(device) for sizes in self._sizes]
+
+    def _draw_image(self, masked, region, code_depth, generator):
+        """Everything random of one image, phase by phase, so that a draft does not depend on the revisions after it.
+
+        An ordering of the positions by random keys, cut into blocks, is a uniformly random partition. Keys are drawn for
+        all positions, so that a region covering the whole image gives what no region gives.
+        """
+        num_positions, draft_steps = masked.shape[0], self.num_inference_steps
+        device = generator.device if generator is not None else "cpu"
+
+        def uniform(*shape):
+            return torch.rand(*shape, generator=generator, device=device).cpu()
+
+        # A confidence strategy predicts a position many times and needs fresh numbers each time.
+        draft_draws = 1 if self.selection == "random" else draft_steps
+        keys = [uniform(draft_draws, num_positions)]
+        uniforms = [uniform(draft_draws, num_positions, code_depth)]
+        blocks = self._cut(keys[0][0] if draft_draws else None, masked, draft_steps)
+        for _ in range(self.num_revisions):
+            keys.append(uniform(1, num_positions))
+            uniforms.append(uniform(1, num_positions, code_depth))
+            blocks += self._cut(keys[-1][0], region, self.num_revise_steps)
+        return keys, uniforms, blocks
+
+    @staticmethod
+    def _cut(keys, positions, num_steps) -> list[torch.Tensor]:
+        """Positions in the order of their keys, in `num_steps` balanced blocks; too few positions leave blocks empty."""
+        if num_steps == 0:
+            return []
+        order = keys.masked_fill(~positions, torch.inf).argsort()[: int(positions.sum())]
+        steps = max(1, min(num_steps, len(order)))
+        return list(order.split(_block_sizes(len(order), steps))) + [order[:0]] * (num_steps - steps)
+
+    def _phase(self, timestep: int) -> int:
+        """0 for the draft, m for the m-th revision."""
+        if timestep < self.num_inference_steps:
+            return 0
+        return 1 + (timestep - self.num_inference_steps) // self.num_revise_steps
+
+    def _positions(self, sample: torch.Tensor, timestep: int) -> torch.Tensor:
+        """Positions to predict, `(batch_size, n)`; `height * width` where an image has fewer than n."""
+        if self._blocks is None:
+            raise ValueError("`set_partitions` must be called after `set_timesteps` and before the first step.")
+        if not 0 <= timestep < len(self._blocks):
+            raise ValueError(f"`timestep` must lie in [0, {len(self._blocks) - 1}], got {timestep}.")
+        if not self.is_draft(timestep) or self.selection == "random":
+            return self._blocks[timestep]
+        # All that is still masked, in a number known beforehand: no shape depends on data.
+        remaining, most = self._remaining[timestep]
+        masked = (sample[..., 0] == self.mask_token_id).flatten(1)
+        positions = masked.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        surplus = torch.arange(most, device=sample.device) >= remaining.unsqueeze(1)
+        return positions.masked_fill(surplus, masked.shape[1])
+
+    def get_step_input(self, sample: torch.Tensor, timestep: int | torch.Tensor) -> StepInput:
+        """What to ask of the transformer at `timestep`: see [`StepInput`].
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map.
+            timestep (`int` or scalar tensor): One of `timesteps`.
+        """
+        timestep = int(timestep)
+        positions = self._positions(sample, timestep)
+        codes = self._write(sample, positions, torch.full_like(sample[:, :1, :1], self.mask_token_id).flatten(1, 2))
+        drawn = self._uniforms[self._phase(timestep)]  # (B, draws, N, D)
+        drawn = drawn[:, timestep if drawn.shape[1] > 1 else 0]  # (B, N, D)
+        positions = positions.clamp(max=drawn.shape[1] - 1)
+        uniforms = drawn.gather(1, positions.unsqueeze(-1).expand(-1, -1, drawn.shape[-1]))
+        return StepInput(codes=codes, positions=positions, uniforms=uniforms)
+
+    @staticmethod
+    def _write(sample: torch.Tensor, positions: torch.Tensor, stacks: torch.Tensor) -> torch.Tensor:
+        """`sample` with `stacks` `(B, n, D)` or `(B, 1, D)` at `positions` `(B, n)`; one past the end is nowhere."""
+        flat = sample.flatten(1, 2)
+        flat = torch.cat([flat, flat[:, :1]], dim=1)  # (B, N + 1, D)
+        index = positions.unsqueeze(-1).expand(-1, -1, flat.shape[-1])
+        flat = flat.scatter(1, index, stacks.expand_as(index))
+        return flat[:, :-1].reshape(sample.shape)
+
+    def step(
+        self,
+        model_output: tuple[torch.Tensor, torch.Tensor],
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> DraftAndReviseSchedulerOutput | tuple:
+        """Keep some of the predicted stacks.
+
+        Args:
+            model_output (`tuple` of `torch.Tensor`): Stacks `(batch_size, n, code_depth)` int64 and their
+                log-probabilities `(batch_size, n)`, predicted for [`get_step_input`] of the same `sample` and `timestep`.
+            timestep (`int` or scalar tensor): One of `timesteps`.
+            sample (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map before.
+            generator (`torch.Generator`, *optional*): Accepted for diffusers' sake; all is drawn in `set_partitions`.
+            return_dict (`bool`, defaults to `True`): A [`DraftAndReviseSchedulerOutput`], or a tuple of its field.
+        """
+        timestep = int(timestep)
+        stacks, log_probs = model_output
+        positions = self._positions(sample, timestep)
+        if stacks.shape != (*positions.shape, sample.shape[-1]) or log_probs.shape != positions.shape:
+            raise ValueError(
+                f"`model_output` must hold stacks of shape {(*positions.shape, sample.shape[-1])} and log-probabilities of "
+                f"shape {tuple(positions.shape)}, got {tuple(stacks.shape)} and {tuple(log_probs.shape)}."
+            )
+        if self.is_draft(timestep) and self.selection != "random":
+            keep = self._most_confident(log_probs, positions, timestep, num_positions=sample.shape[1] * sample.shape[2])
+            positions = positions.masked_fill(~keep, sample.shape[1] * sample.shape[2])
+        prev_sample = self._write(sample, positions, stacks)
+        return DraftAndReviseSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
+
+    def _most_confident(self, log_probs, positions, timestep, num_positions) -> torch.Tensor:
+        """Which of the predicted positions a confidence strategy keeps: `(batch_size, n)` bool."""
+        size = self._sizes[timestep].unsqueeze(1)
+        surplus = positions == num_positions
+        rank = log_probs.masked_fill(surplus, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        if self.selection == "top-c":
+            return rank < size
+        remaining = self._remaining[timestep][0].unsqueeze(1)
+        pool = torch.maximum((remaining + 1) // 2, size)
+        keys = self._keys[0][:, timestep].gather(1, positions.clamp(max=num_positions - 1))
+        return keys.masked_fill(rank >= pool, torch.inf).argsort(dim=1, stable=True).argsort(dim=1) < size
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
