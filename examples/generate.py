@@ -7,6 +7,7 @@ run (counted over all prompts) is drawn by a generator seeded with `--seed` + i:
 """
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -91,12 +92,12 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def load_pipeline(folder: Path) -> DraftAndRevisePipeline:
+def load_pipeline(folder: Path, dtype: torch.dtype) -> DraftAndRevisePipeline:
     if not (folder / "model_index.json").is_file():
         raise SystemExit(f"error: no pipeline at {folder}: there is no model_index.json in it")
     try:
         # With local_files_only a file missing from the folder is missing, and not a name to look up on the Hub.
-        return DraftAndRevisePipeline.from_pretrained(folder, local_files_only=True)
+        return DraftAndRevisePipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (
         Exception
     ) as error:  # a damaged file can fail anywhere in the JSON, safetensors, tokenizers or torch readers
@@ -105,39 +106,41 @@ def load_pipeline(folder: Path) -> DraftAndRevisePipeline:
 
 
 def find_unknown_words(tokenizer, prompts: list[str]) -> list[str]:
-    """Returns the words of `prompts` that the tokenizer can only read as its unknown token, each once, in order."""
+    """Returns the words and marks in `prompts` that the tokenizer reads as its unknown token, each once, in order."""
     unknown_id = getattr(tokenizer, "unk_token_id", None)
     if unknown_id is None:  # no tokenizer, or a byte-level one, which knows every word
         return []
-    words = dict.fromkeys(word for prompt in prompts for word in prompt.split())
+    words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"\w+|[^\w\s]+", prompt))
     return [word for word in words if unknown_id in tokenizer(word, add_special_tokens=False).input_ids]
 
 
-def stage_steps(num_inference_steps: int, num_revise_steps: int, num_revisions: int) -> dict[int, str]:
+def stage_captions(num_inference_steps: int, num_revise_steps: int, num_revisions: int) -> dict[int, str]:
     """Returns the steps after which a column of the sheet is taken, in order, each with its caption."""
-    steps = {}
+    captions = {}
     half = num_inference_steps // 2
     if half > 0:
-        steps[half - 1] = f"{half} of {num_inference_steps} draft steps"
-    steps[num_inference_steps - 1] = "draft"
-    if num_revise_steps > 0:
-        for revision in range(1, num_revisions + 1):
-            steps[num_inference_steps + revision * num_revise_steps - 1] = f"revision {revision}"
-    return steps
+        captions[half - 1] = f"{half} of {num_inference_steps} draft steps"
+    captions[num_inference_steps - 1] = "draft"
+    for revision in range(1, num_revisions + 1):
+        captions[num_inference_steps + revision * num_revise_steps - 1] = f"revision {revision}"
+    return captions
 
 
-def draw_batch(pipe, prompts: list[str], seeds: list[int], steps: dict[int, str], **sampling):
-    """Samples one image a prompt and returns how each came about, and the seconds that sampling took.
+def draw_batch(pipe, prompts: list[str], seeds: list[int], **sampling):
+    """Samples one image a prompt and keeps how each came about.
 
     Returns:
-        `tuple[list[list[Image.Image]], float]`: for each image one picture for each of `steps`, the last of them
-        the image itself; the seconds leave out decoding the stages before it.
+        captions (`list[str]`): The stages, see [`stage_captions`].
+        rows (`list[list[Image.Image]]`): For each image one picture a stage, the last of them the image itself.
+        seconds (`float`): What sampling took, without decoding the stages before the last.
     """
-    stages = []
+    stages = {}
 
     def collect(pipe, step_index, timestep, callback_kwargs):
-        if step_index in steps:
-            stages.append(callback_kwargs["latents"].clone())  # (B, h, w, D)
+        scheduler = pipe.scheduler  # knows the steps of this call, by flag or by default
+        captions = stage_captions(scheduler.num_inference_steps, scheduler.num_revise_steps, scheduler.num_revisions)
+        if step_index in captions:
+            stages[captions[step_index]] = callback_kwargs["latents"].clone()  # (B, h, w, D)
         return callback_kwargs
 
     started = time.perf_counter()
@@ -149,8 +152,8 @@ def draw_batch(pipe, prompts: list[str], seeds: list[int], steps: dict[int, str]
     ).images
     seconds = time.perf_counter() - started
 
-    decoded = [pipe.decode_latents(codes, output_type="pil") for codes in stages[:-1]]
-    return [list(row) for row in zip(*decoded, images, strict=True)], seconds
+    before = [pipe.decode_latents(codes, output_type="pil") for codes in list(stages.values())[:-1]]
+    return list(stages), [list(row) for row in zip(*before, images, strict=True)], seconds
 
 
 def fit(text: str, font, width: int) -> str:
@@ -203,26 +206,21 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     prepare_output(args.output)
     device = choose_device(args.device)
-    pipe = load_pipeline(args.pipeline).to(device, getattr(torch, args.dtype))
+    pipe = load_pipeline(args.pipeline, getattr(torch, args.dtype)).to(device)
 
     unknown = find_unknown_words(pipe.tokenizer, args.prompts)
     if unknown:
-        print(f"not in the pipeline's vocabulary, read as an unknown word: {', '.join(unknown)}")
+        print(f"not in the pipeline's vocabulary, read as an unknown word: {', '.join(map(repr, unknown))}")
 
-    defaults = pipe.scheduler.config
-    counts = {
-        name: getattr(defaults, name) if getattr(args, name) is None else getattr(args, name)
-        for name in ("num_inference_steps", "num_revise_steps", "num_revisions")
-    }
-    steps = stage_steps(**counts)
-    sampling = {name: getattr(args, name) for name in ("guidance_scale", "temperature", "selection")}
+    names = ("num_inference_steps", "num_revise_steps", "num_revisions", "guidance_scale", "temperature", "selection")
+    sampling = {name: getattr(args, name) for name in names}  # None takes the pipeline's default
     prompts = [prompt for prompt in args.prompts for _ in range(args.num_images)]
     seeds = [args.seed + i for i in range(len(prompts))]
     rows, seconds = [], 0.0
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = slice(start, start + BATCH_SIZE)
         try:
-            batch_rows, batch_seconds = draw_batch(pipe, prompts[batch], seeds[batch], steps, **counts, **sampling)
+            captions, batch_rows, batch_seconds = draw_batch(pipe, prompts[batch], seeds[batch], **sampling)
         except ValueError as error:  # the pipeline's own checks name the argument and what it allows
             raise SystemExit(f"error: {' '.join(str(error).split())}") from None
         rows += batch_rows
@@ -231,14 +229,14 @@ def main(argv=None) -> int:
     sections = [
         (prompt, rows[i * args.num_images : (i + 1) * args.num_images]) for i, prompt in enumerate(args.prompts)
     ]
-    sheet = draw_sheet(sections, list(steps.values()), seeds)
+    sheet = draw_sheet(sections, captions, seeds)
     try:
         sheet.save(args.output)
     except OSError as error:
         raise SystemExit(f"error: cannot write {args.output}: {error.strerror or error}") from None
     print(
-        f"{args.output}: {len(rows)} images in {seconds:.1f} s, {seconds / len(rows):.2f} s an image "
-        f"({device}, {args.dtype})"
+        f"{args.output}: {len(rows)} image{'s' * (len(rows) != 1)} in {seconds:.1f} s, "
+        f"{seconds / len(rows):.2f} s each ({device}, {args.dtype})"
     )
     return 0
 

@@ -217,6 +217,7 @@ def pixel_batches(args, dataset, batches_of_indices, accelerator):
         collate_fn=lambda rows: torch.stack([decode_image(row[args.image_column], args.resolution) for row in rows]),
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # or it draws from the global one, and a resumed run from another state
     )
     for images in loader:  # not prepared by accelerate: the indices are already this process's share
         yield images.to(accelerator.device, non_blocking=True)

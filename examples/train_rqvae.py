@@ -4,7 +4,9 @@
         --vae_config pipelines/emoji-scenes/vae --dataset_name data/emoji-scenes --resolution 64 \\
         --cache_images_in_memory --train_batch_size 32 --max_train_steps 30000 --output_dir runs/emoji-vae
 
-Plain `python examples/train_rqvae.py ...` is the same run on one process. The loss is
+Plain `python examples/train_rqvae.py ...` is the same run on one process. (Several processes on CPUs take
+`ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_rqvae.py ...`: accelerate launch --cpu starts one.)
+The loss is
 
     reconstruction (MSE, L1 or both, means over elements) + commitment_weight * commitment,
 
@@ -186,6 +188,7 @@ def training_batches(args, dataset, images, start, accelerator):
             collate_fn=lambda rows: torch.stack([decode_image(r[args.image_column], args.resolution) for r in rows]),
             num_workers=args.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # or it draws from the global one, and a resumed run from another state
         )
     for batch, (_, flips) in zip(decoded, order()):
         batch = batch.to(accelerator.device, non_blocking=True)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -48,14 +49,14 @@ def error_line(generate, *argv) -> str:
 
 
 def test_stages_are_the_half_draft_the_draft_and_the_last_step_of_each_revision(generate):
-    assert generate.stage_steps(64, 2, 3) == {
+    assert generate.stage_captions(64, 2, 3) == {
         31: "32 of 64 draft steps",
         63: "draft",
         65: "revision 1",
         67: "revision 2",
         69: "revision 3",
     }
-    assert generate.stage_steps(1, 2, 0) == {0: "draft"}
+    assert generate.stage_captions(1, 2, 0) == {0: "draft"}
 
 
 def test_small_images_are_enlarged_by_a_whole_factor_and_large_ones_left_alone(generate):
@@ -66,8 +67,9 @@ def test_small_images_are_enlarged_by_a_whole_factor_and_large_ones_left_alone(g
         )
 
     for size, enlarged in (((64, 64), 192), ((50, 50), 150), ((256, 256), 256)):
-        pixels = list(sheet_of(size).getdata())
-        assert pixels.count((255, 0, 0)) == pixels.count((0, 0, 255)) == enlarged**2
+        pixels = np.asarray(sheet_of(size))
+        for color in ((255, 0, 0), (0, 0, 255)):
+            assert (pixels == color).all(axis=-1).sum() == enlarged**2
 
 
 @pytest.mark.parametrize("prompts", [[""], ["a cat", "  "], []])
@@ -174,7 +176,7 @@ def test_a_sheet_is_written_and_any_of_its_images_can_be_made_again_alone(genera
     generate.main([*prompts, *few_steps, "--seed", "5", "--num-images", "2", "--output", str(output)])
 
     printed = capsys.readouterr().out
-    assert str(output) in printed and "4 images in" in printed and "s an image" in printed
+    assert str(output) in printed and "4 images in" in printed and "s each" in printed
     with Image.open(output) as image:
         image.load()
         assert image.format == "PNG"
@@ -185,17 +187,18 @@ def test_a_sheet_is_written_and_any_of_its_images_can_be_made_again_alone(genera
     generate.main([prompts[1], *few_steps, "--seed", "8", "--num-images", "1", "--output", str(output)])
     (_, (alone,)), *_ = sheet[-1][0]
     for picture, again in zip(sections[1][1][1], alone, strict=True):
-        assert picture.tobytes() == again.tobytes()
+        # The codes are equal. The decoder's sums run in another order in another batch: one level of 256 may flip.
+        assert np.abs(np.asarray(picture, dtype=int) - np.asarray(again, dtype=int)).max() <= 1
 
 
 def test_an_unknown_word_is_allowed_and_named(generate, tmp_path, capsys):
     few_steps = ["--num-inference-steps", "2", "--num-revisions", "0", "--num-images", "1"]
     output = str(tmp_path / "sheet.png")
-    generate.main(["a zyzzyva at dusk", "a zyzzyva by a qanat", *few_steps, "--output", output])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "unknown" in line]
-    assert line.count("zyzzyva") == 1 and "qanat" in line and "dusk" not in line
+    generate.main(["a zyzzyva, at dusk", "a zyzzyva by a qanat", *few_steps, "--output", output])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not in the")]
+    assert line.count("'zyzzyva'") == 1 and "qanat" in line and "dusk" not in line
     generate.main(["a volcano at dusk", *few_steps, "--output", output])
-    assert "unknown" not in capsys.readouterr().out
+    assert "not in the" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -51,6 +51,9 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         if vae is not None and transformer is not None:
             check_same_codebook(vae, transformer)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, tokenizer=tokenizer)
+        if type(tokenizer).__name__ == "TokenizersBackend":
+            # transformers 5 renamed the class; model_index.json gets the name that 4.57 and 5 both know
+            self.register_to_config(tokenizer=("transformers", "PreTrainedTokenizerFast"))
         # JSON has no integer keys
         id2label = None if id2label is None else {int(label): name for label, name in id2label.items()}
         self.register_to_config(id2label=id2label)
