@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -25,10 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast, set_seed
-from datasets import load_dataset
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
@@ -39,6 +36,9 @@ from rq_draft_revise import (
     DraftAndReviseScheduler,
     RQVAEModel,
 )
+from rq_draft_revise.budget import Budget, learning_rate_at
+from rq_draft_revise.checkpoints import TrainingLog, load_checkpoint, save_checkpoint
+from rq_draft_revise.data import decoded_batches, load_split, to_pixel_values, training_order
 
 
 def parse_args(argv=None):
@@ -51,6 +51,9 @@ def parse_args(argv=None):
     group.add_argument("--vae", help="Folder or Hub id of the RQ-VAE, in place of the pipeline's.")
     group.add_argument("--transformer_config", help="A config.json or a folder with one: train that from scratch.")
     group.add_argument("--tokenizer", help="Folder or Hub id of the tokenizer, in place of the pipeline's.")
+    group.add_argument("--attention_backend",
+                       help="As `set_attention_backend` takes it. On the CPU '_native_math' trains a third faster "
+                            "than the default: stacks of D codes are too short for the blocked kernel.")  # fmt: skip
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", help="Hub id, or a local folder that `datasets.load_dataset` reads.")
@@ -102,10 +105,13 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.dataset_name is None and args.train_data_dir is None and args.data_files is None:
         raise ValueError("Give the images by --dataset_name, --train_data_dir or --data_files.")
-    for name in ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "validation_steps",
-                 "max_validation_images", "checkpointing_steps", "encoding_batch_size"):  # fmt: skip
-        if getattr(args, name) < 1:
+    for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
+                 "logging_steps", "validation_steps", "max_validation_images", "checkpointing_steps",
+                 "checkpoints_total_limit", "encoding_batch_size"):  # fmt: skip
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    if args.max_train_seconds is not None and not args.max_train_seconds > 0:
+        raise ValueError(f"--max_train_seconds must be positive, got {args.max_train_seconds}.")
     if not 0 <= args.ema_decay < 1:
         raise ValueError(f"--ema_decay must lie in [0, 1), got {args.ema_decay}.")
     if not 0 <= args.condition_dropout < 1:
@@ -141,41 +147,6 @@ def random_mask(batch_size, num_positions, generator, stratified=True):
 # ----------------------------------------------------------------------------------------------------------- data
 
 
-def load_split(args, split):
-    """The images and captions of one split as a `datasets.Dataset`."""
-    if args.dataset_name is not None:
-        dataset = load_dataset(args.dataset_name, data_files=args.data_files, split=split)
-    elif args.train_data_dir is not None:
-        dataset = load_dataset("imagefolder", data_dir=args.train_data_dir, split=split)
-    else:
-        builder = {"jsonl": "json", "tar": "webdataset"}.get(suffix := args.data_files[0].split(".")[-1], suffix)
-        dataset = load_dataset(builder, data_files={args.train_split: args.data_files}, split=split)
-    for flag in ("image_column", "caption_column"):
-        if getattr(args, flag) not in dataset.column_names:
-            raise ValueError(f"--{flag} must be one of {dataset.column_names}, got {getattr(args, flag)!r}.")
-    return dataset
-
-
-def decode_image(image, resolution):
-    """PIL image to uint8 `(3, resolution, resolution)`: shorter side resized, then the center cropped."""
-    image = image.convert("RGB")
-    if image.size != (resolution, resolution):
-        scale = resolution / min(image.size)
-        width, height = (max(resolution, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-        left, top = (width - resolution) // 2, (height - resolution) // 2
-        image = image.crop((left, top, left + resolution, top + resolution))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def to_pixel_values(images, flips=None):
-    """uint8 `(B, 3, H, W)` to float in [-1, 1], mirrored where `flips` `(B,)` is True."""
-    pixel_values = images.float() / 127.5 - 1
-    if flips is not None:
-        pixel_values = torch.where(flips[:, None, None, None], pixel_values.flip(-1), pixel_values)
-    return pixel_values
-
-
 def tokenize(tokenizer, captions, max_length):
     """Captions to `(num_captions, max_length)` int32, padded to full length: the model reads the padding as text."""
     ids = [
@@ -183,44 +154,6 @@ def tokenize(tokenizer, captions, max_length):
         for i in range(0, len(captions), 10_000)
     ]
     return torch.from_numpy(np.concatenate([np.array(part, dtype=np.int32) for part in ids]))
-
-
-def training_order(num_images, start, batch_size, process_index, num_processes, seed):
-    """Yield the micro-batches of one process, for ever: indices `(B,)` and mirrorings `(B,)`.
-
-    Training reads one endless sequence of images, whose epoch e is a permutation drawn from (seed, e). The k-th image
-    is thus a function of (seed, k) alone: a run that resumes at `start` needs no state, and a batch has the same
-    images however it is split into processes and micro-batches. The last images of an epoch share a batch with the
-    first of the next: none is dropped.
-    """
-    epochs = {}
-    for first in range(start + process_index * batch_size, 2**62, num_processes * batch_size):
-        positions = np.arange(first, first + batch_size)
-        needed = range(first // num_images, positions[-1] // num_images + 1)  # one epoch, seldom two
-        epochs = {epoch: epochs[epoch] if epoch in epochs else draw_epoch(num_images, epoch, seed) for epoch in needed}
-        parts = [(epochs[epoch], positions[positions // num_images == epoch] % num_images) for epoch in needed]
-        indices = np.concatenate([permutation[places] for (permutation, _), places in parts])
-        flips = np.concatenate([flips[places] for (_, flips), places in parts])
-        yield torch.from_numpy(indices), torch.from_numpy(flips)
-
-
-def draw_epoch(num_images, epoch, seed):
-    random = np.random.default_rng([seed, epoch])
-    return random.permutation(num_images), random.random(num_images) < 0.5
-
-
-def pixel_batches(args, dataset, batches_of_indices, accelerator):
-    """Yield decoded images, uint8 `(B, 3, H, W)` on the device, for each array of indices."""
-    loader = torch.utils.data.DataLoader(
-        dataset.select_columns([args.image_column]),
-        batch_sampler=batches_of_indices,
-        collate_fn=lambda rows: torch.stack([decode_image(row[args.image_column], args.resolution) for row in rows]),
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        generator=torch.Generator(),  # or it draws from the global one, and a resumed run from another state
-    )
-    for images in loader:  # not prepared by accelerate: the indices are already this process's share
-        yield images.to(accelerator.device, non_blocking=True)
 
 
 def training_batches(args, dataset, input_ids, cached_codes, vae, start, accelerator):
@@ -238,7 +171,10 @@ def training_batches(args, dataset, input_ids, cached_codes, vae, start, acceler
             cached_codes[i, flips.long() if args.random_flip else 0].to(device).long() for i, flips in order()
         )
     else:
-        all_images = pixel_batches(args, dataset, (indices.tolist() for indices, _ in order()), accelerator)
+        batches_of_indices = (indices.tolist() for indices, _ in order())
+        all_images = decoded_batches(
+            dataset, batches_of_indices, args.image_column, args.resolution, device, args.dataloader_num_workers
+        )
         all_codes = (
             encode(vae, to_pixel_values(images, flips.to(device) if args.random_flip else None))
             for images, (_, flips) in zip(all_images, order())
@@ -274,9 +210,12 @@ def encode_split(args, dataset, vae, views, accelerator):
     share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     batches = [list(share[i : i + args.encoding_batch_size]) for i in range(0, len(share), args.encoding_batch_size)]
     dtype = torch.uint16 if vae.config.codebook_size <= 2**16 else torch.int32
+    decoded = decoded_batches(
+        dataset, batches, args.image_column, args.resolution, accelerator.device, args.dataloader_num_workers
+    )
     codes = []
     started = time.monotonic()
-    for i, images in enumerate(pixel_batches(args, dataset, batches, accelerator)):
+    for i, images in enumerate(decoded):
         pixel_values = to_pixel_values(images)
         encoded = [encode(vae, pixel_values.flip(-1) if view else pixel_values) for view in range(views)]
         codes.append(torch.stack(encoded, dim=1).to(dtype).cpu())
@@ -324,19 +263,6 @@ def cached_training_codes(args, dataset, vae, accelerator):
         return file.get_tensor("codes")
 
 
-# ---------------------------------------------------------------------------------------------------- optimization
-
-
-def learning_rate_at(step, progress, args):
-    """Linear warm-up over steps, times a cosine of `progress` in [0, 1] down to 0.
-
-    `progress` and not the step drives the cosine, so that a budget in seconds ends at learning rate 0 too.
-    """
-    warmup = min(1.0, (step + 1) / args.lr_warmup_steps) if args.lr_warmup_steps else 1.0
-    decay = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))) if args.lr_scheduler == "cosine" else 1.0
-    return args.learning_rate * warmup * decay
-
-
 # ------------------------------------------------------------------------------------------------------ validation
 
 
@@ -381,64 +307,6 @@ def held_back_loss(transformer, codes, input_ids, num_images, batch_size, accele
         "text_loss": text / count,
         "image_loss_by_ratio": [row[0] / row[2] if row[2] else float("nan") for row in by_bin],
     }
-
-
-# ----------------------------------------------------------------------------------------------------- checkpoints
-
-
-def checkpoints_in(output_dir):
-    """The finished `checkpoint-<step>` folders, oldest first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[-1]))
-
-
-def save_checkpoint(accelerator, args, progress):
-    """Write everything that resuming needs, under a temporary name until it is complete."""
-    final = Path(args.output_dir) / f"checkpoint-{progress['step']}"
-    partial = final.with_name(final.name + ".partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / "progress.json").write_text(json.dumps(progress | {"arguments": vars(args)}, indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        if args.checkpoints_total_limit is not None:
-            for old in checkpoints_in(args.output_dir)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def load_checkpoint(accelerator, args):
-    """Restore the newest or the named checkpoint. Returns its progress, or None where 'latest' finds none."""
-    if args.resume_from_checkpoint == "latest":
-        found = checkpoints_in(args.output_dir)
-        if not found:
-            return None
-        folder = found[-1]
-    else:
-        folder = Path(args.resume_from_checkpoint)
-        if not (folder / "progress.json").is_file():
-            raise ValueError(f"--resume_from_checkpoint must be 'latest' or a checkpoint folder, got {str(folder)!r}.")
-    accelerator.load_state(str(folder))
-    accelerator.print(f"Resuming from {folder}")
-    return json.loads((folder / "progress.json").read_text())
-
-
-def start_log(path, step):
-    """Open the log for appending, without what an interrupted run wrote beyond the checkpoint it resumes from."""
-    kept = []
-    if path.is_file() and step > 0:
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:  # the line that was being written when the run was killed
-                continue
-    path.write_text("".join(kept))
-    return path.open("a", buffering=1)
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -507,6 +375,8 @@ def main(args):
     vae, transformer, scheduler, tokenizer = load_components(args)
     vae.requires_grad_(False).eval().to(accelerator.device)
     transformer.set_codebook(vae.quantizer.codebook)
+    if args.attention_backend is not None:
+        transformer.set_attention_backend(args.attention_backend)
     if args.resolution is None:
         args.resolution = vae.config.sample_size
     config = transformer.config
@@ -536,9 +406,11 @@ def main(args):
     set_seed(args.seed, device_specific=True)
 
     # 2. Data
+    source = ("image_column", "caption_column", "dataset_name", "train_data_dir", "data_files", "train_split")
+    source = {name: getattr(args, name) for name in source}
     with accelerator.main_process_first():  # one process prepares the files that all then map
-        train_dataset = load_split(args, args.train_split)
-        validation_datasets = {split: load_split(args, split) for split in args.validation_split}
+        train_dataset = load_split(args.train_split, **source)
+        validation_datasets = {split: load_split(split, **source) for split in args.validation_split}
 
     def token_ids(dataset):
         return tokenize(tokenizer, dataset[args.caption_column][:], config.max_text_length)
@@ -562,22 +434,11 @@ def main(args):
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(train_dataset) / total_batch_size)
     progress = {"step": 0, "images": 0, "epoch": 0, "seconds": 0.0}
     if args.resume_from_checkpoint is not None:
-        progress = load_checkpoint(accelerator, args) or progress
-    step, images_seen, seconds_before = progress["step"], progress["images"], progress["seconds"]
-
-    log_file = start_log(output_dir / "train_log.jsonl", step) if accelerator.is_main_process else None
+        progress = load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint) or progress
+    step, images_seen = progress["step"], progress["images"]
+    log = TrainingLog(accelerator, output_dir, step)
     if args.report_to is not None:
         accelerator.init_trackers("cc3m", config={k: v for k, v in vars(args).items() if not isinstance(v, list)})
-
-    def log(entry, line):
-        if accelerator.is_main_process:
-            log_file.write(json.dumps(entry) + "\n")
-            print(line, flush=True)
-        if args.report_to is not None:
-            flat = {}
-            for name, value in entry.items():
-                flat |= {f"{name}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
-            accelerator.log({k: v for k, v in flat.items() if isinstance(v, (int, float))}, step=entry["step"])
 
     accelerator.print(
         f"parameters: {sum(p.numel() for p in transformer.parameters()):,}\n"
@@ -599,39 +460,27 @@ def main(args):
         for name, validation_set in validation_sets.items():
             losses = held_back_loss(transformer, *validation_set, args.train_batch_size, accelerator)
             entry = {"kind": "validation", "split": name, "step": step, "images": images_seen,
-                     "seconds": round(elapsed(), 2), **losses}  # fmt: skip
+                     "seconds": round(budget.elapsed(), 2), **losses}  # fmt: skip
             by_ratio = " ".join(f"{loss:.3f}" for loss in losses["image_loss_by_ratio"])
-            log(entry, f"  validation at step {step} on {name}: image {losses['image_loss']:.4f} "
-                       f"(by mask ratio {by_ratio}) text {losses['text_loss']:.4f}")  # fmt: skip
+            log.write(
+                entry,
+                f"  validation at step {step} on {name}: image {losses['image_loss']:.4f} "
+                f"(by mask ratio {by_ratio}) text {losses['text_loss']:.4f}",
+            )
         if ema is not None:
             ema.restore(transformer.parameters())
         transformer.train()
 
     # 4. Training
-    started = time.monotonic()
-
-    def elapsed():
-        return seconds_before + time.monotonic() - started
-
-    def fraction_done():
-        """Of the steps or of the time, whichever is further on. The clock of process 0 counts for all: clocks that
-        disagree would give the processes different learning rates, and so different weights."""
-        fraction = step / max_train_steps
-        if args.max_train_seconds:
-            seconds = elapsed()
-            if accelerator.num_processes > 1:
-                seconds = broadcast(torch.tensor(seconds, device=accelerator.device)).item()
-            fraction = max(fraction, seconds / args.max_train_seconds)
-        return fraction
-
+    budget = Budget(accelerator, max_train_steps, args.max_train_seconds, progress["seconds"])
     # A batch comes in so many parts. Their gradients are averaged: accelerate divides each loss by the number of
     # micro-batches, and DistributedDataParallel the gradients by the number of processes.
     num_parts = accelerator.num_processes * args.gradient_accumulation_steps
     batches = training_batches(args, train_dataset, input_ids, cached_codes, vae, images_seen, accelerator)
     generator = torch.Generator()
     sums, window_steps, window_started = defaultdict(float), 0, time.monotonic()
-    while (fraction := fraction_done()) < 1:
-        learning_rate = learning_rate_at(step, fraction, args)
+    while (fraction := budget.fraction_used(step)) < 1:
+        learning_rate = learning_rate_at(step, fraction, args.learning_rate, args.lr_scheduler, args.lr_warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
@@ -674,10 +523,13 @@ def main(args):
             # The only place where the host waits for the device.
             means = {name: accelerator.reduce(value / window_steps, "mean").item() for name, value in sums.items()}
             rate = window_steps * total_batch_size / (time.monotonic() - window_started)
-            entry = {"kind": "train", "step": step, "images": images_seen, "seconds": round(elapsed(), 2),
+            entry = {"kind": "train", "step": step, "images": images_seen, "seconds": round(budget.elapsed(), 2),
                      "images_per_second": round(rate, 2), "learning_rate": learning_rate, **means}  # fmt: skip
-            log(entry, f"step {step}/{max_train_steps} images {images_seen:,} {rate:.1f}/s lr {learning_rate:.2e} "
-                       + " ".join(f"{name} {value:.4f}" for name, value in means.items()))  # fmt: skip
+            log.write(
+                entry,
+                f"step {step}/{max_train_steps} images {images_seen:,} {rate:.1f}/s lr {learning_rate:.2e} "
+                + " ".join(f"{name} {value:.4f}" for name, value in means.items()),
+            )
             sums, window_steps, window_started = defaultdict(float), 0, time.monotonic()
 
         pause_started = time.monotonic()
@@ -685,8 +537,8 @@ def main(args):
             validate()
         if step % args.checkpointing_steps == 0:
             epoch = images_seen // len(train_dataset)
-            save_checkpoint(accelerator, args, {"step": step, "images": images_seen, "epoch": epoch,
-                                                "seconds": elapsed()})  # fmt: skip
+            progress = {"step": step, "images": images_seen, "epoch": epoch, "seconds": budget.elapsed()}
+            save_checkpoint(accelerator, output_dir, progress, vars(args), args.checkpoints_total_limit)
         window_started += time.monotonic() - pause_started  # images/s is the speed of training alone
 
     # 5. Export
@@ -699,10 +551,11 @@ def main(args):
             vae=vae, transformer=transformer.eval(), scheduler=scheduler, tokenizer=tokenizer
         )
         pipe.save_pretrained(output_dir)
-        log_file.close()
+    log.close()
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    accelerator.print(f"Saved to {output_dir} after {step:,} steps, {images_seen:,} images, {elapsed():,.0f} seconds.")
+    seconds = budget.elapsed()
+    accelerator.print(f"Saved to {output_dir} after {step:,} steps, {images_seen:,} images, {seconds:,.0f} seconds.")
 
 
 if __name__ == "__main__":

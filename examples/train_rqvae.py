@@ -16,9 +16,7 @@ from, grids of reconstructions, and at the end the averaged weights in diffusers
 """
 
 import argparse
-import json
 import math
-import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -27,12 +25,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast, set_seed
-from datasets import load_dataset
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from rq_draft_revise import RQVAEModel
+from rq_draft_revise.budget import Budget, learning_rate_at
+from rq_draft_revise.checkpoints import TrainingLog, load_checkpoint, save_checkpoint
+from rq_draft_revise.data import decode_all, decoded_batches, load_split, to_pixel_values, training_order
 
 
 def parse_args(argv=None):
@@ -89,85 +89,19 @@ def parse_args(argv=None):
         raise ValueError("Give exactly one of --vae_config, --vae and --pretrained_model_name_or_path.")
     if args.dataset_name is None and args.train_data_dir is None and args.data_files is None:
         raise ValueError("Give the images by --dataset_name, --train_data_dir or --data_files.")
-    for name in ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "validation_steps",
-                 "checkpointing_steps"):  # fmt: skip
-        if getattr(args, name) < 1:
+    for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
+                 "logging_steps", "validation_steps", "max_validation_images", "checkpointing_steps",
+                 "checkpoints_total_limit", "validation_batch_size"):  # fmt: skip
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    if args.max_train_seconds is not None and not args.max_train_seconds > 0:
+        raise ValueError(f"--max_train_seconds must be positive, got {args.max_train_seconds}.")
     if not 0 <= args.ema_decay < 1:
         raise ValueError(f"--ema_decay must lie in [0, 1), got {args.ema_decay}.")
     return args
 
 
 # ---------------------------------------------------------------------------------------------------------- data
-
-
-def load_split(args, split):
-    """The images of one split as a `datasets.Dataset`."""
-    if args.dataset_name is not None:
-        dataset = load_dataset(args.dataset_name, data_files=args.data_files, split=split)
-    elif args.train_data_dir is not None:
-        dataset = load_dataset("imagefolder", data_dir=args.train_data_dir, split=split)
-    else:
-        builder = {"jsonl": "json", "tar": "webdataset"}.get(suffix := args.data_files[0].split(".")[-1], suffix)
-        dataset = load_dataset(builder, data_files={args.train_split: args.data_files}, split=split)
-    if args.image_column not in dataset.column_names:
-        raise ValueError(f"--image_column must be one of {dataset.column_names}, got {args.image_column!r}.")
-    return dataset
-
-
-def decode_image(image, resolution):
-    """PIL image to uint8 `(3, resolution, resolution)`: shorter side resized, then the center cropped.
-
-    Everything stays uint8 until it is on the training device: a quarter of the memory and of the transfer.
-    """
-    image = image.convert("RGB")
-    if image.size != (resolution, resolution):
-        scale = resolution / min(image.size)
-        width, height = (max(resolution, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-        left, top = (width - resolution) // 2, (height - resolution) // 2
-        image = image.crop((left, top, left + resolution, top + resolution))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def decode_all(dataset, image_column, resolution):
-    """Every image of a data set as one uint8 tensor `(num_images, 3, resolution, resolution)`."""
-    images = torch.empty(len(dataset), 3, resolution, resolution, dtype=torch.uint8)
-    for i, row in enumerate(dataset.select_columns([image_column])):
-        images[i] = decode_image(row[image_column], resolution)
-    return images
-
-
-def to_pixel_values(images, flips=None):
-    """uint8 `(B, 3, H, W)` to float in [-1, 1], mirrored where `flips` `(B,)` is True."""
-    pixel_values = images.float() / 127.5 - 1
-    if flips is not None:
-        pixel_values = torch.where(flips[:, None, None, None], pixel_values.flip(-1), pixel_values)
-    return pixel_values
-
-
-def training_order(num_images, start, batch_size, process_index, num_processes, seed):
-    """Yield the micro-batches of one process, for ever: indices `(B,)` and mirrorings `(B,)`.
-
-    Training reads one endless sequence of images, whose epoch e is a permutation drawn from (seed, e). The k-th image
-    is thus a function of (seed, k) alone: a run that resumes at `start` needs no state, and a batch has the same
-    images however it is split into processes and micro-batches. The last images of an epoch share a batch with the
-    first of the next: none is dropped.
-    """
-    epochs = {}
-    for first in range(start + process_index * batch_size, 2**62, num_processes * batch_size):
-        positions = np.arange(first, first + batch_size)
-        needed = range(first // num_images, positions[-1] // num_images + 1)  # one epoch, seldom two
-        epochs = {epoch: epochs[epoch] if epoch in epochs else draw_epoch(num_images, epoch, seed) for epoch in needed}
-        parts = [(epochs[epoch], positions[positions // num_images == epoch] % num_images) for epoch in needed]
-        indices = np.concatenate([permutation[places] for (permutation, _), places in parts])
-        flips = np.concatenate([flips[places] for (_, flips), places in parts])
-        yield torch.from_numpy(indices), torch.from_numpy(flips)
-
-
-def draw_epoch(num_images, epoch, seed):
-    random = np.random.default_rng([seed, epoch])
-    return random.permutation(num_images), random.random(num_images) < 0.5
 
 
 def training_batches(args, dataset, images, start, accelerator):
@@ -178,21 +112,16 @@ def training_batches(args, dataset, images, start, accelerator):
             len(dataset), start, args.train_batch_size, accelerator.process_index, accelerator.num_processes, args.seed
         )
 
+    device = accelerator.device
     if images is not None:
-        decoded = (images[indices] for indices, _ in order())
+        decoded = (images[indices].to(device, non_blocking=True) for indices, _ in order())
     else:
-        # Not prepared by accelerate: the order above already gives each process its own share.
-        decoded = torch.utils.data.DataLoader(
-            dataset.select_columns([args.image_column]),
-            batch_sampler=(indices.tolist() for indices, _ in order()),
-            collate_fn=lambda rows: torch.stack([decode_image(r[args.image_column], args.resolution) for r in rows]),
-            num_workers=args.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # or it draws from the global one, and a resumed run from another state
+        batches_of_indices = (indices.tolist() for indices, _ in order())
+        decoded = decoded_batches(
+            dataset, batches_of_indices, args.image_column, args.resolution, device, args.dataloader_num_workers
         )
     for batch, (_, flips) in zip(decoded, order()):
-        batch = batch.to(accelerator.device, non_blocking=True)
-        yield to_pixel_values(batch, flips.to(accelerator.device) if args.random_flip else None)
+        yield to_pixel_values(batch, flips.to(device) if args.random_flip else None)
 
 
 # -------------------------------------------------------------------------------------------------------- losses
@@ -205,16 +134,6 @@ def reconstruction_loss(sample, pixel_values, kind):
         return mse, mse
     l1 = F.l1_loss(sample, pixel_values)
     return (l1 if kind == "l1" else mse + l1), mse
-
-
-def learning_rate_at(step, progress, args):
-    """Linear warm-up over steps, times a cosine of `progress` in [0, 1] down to 0.
-
-    `progress` and not the step drives the cosine, so that a budget in seconds ends at learning rate 0 too.
-    """
-    warmup = min(1.0, (step + 1) / args.lr_warmup_steps) if args.lr_warmup_steps else 1.0
-    decay = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))) if args.lr_scheduler == "cosine" else 1.0
-    return args.learning_rate * warmup * decay
 
 
 # ---------------------------------------------------------------------------------------------------- validation
@@ -264,64 +183,6 @@ def save_grid(rqvae, images, path, accelerator, columns=8):
     Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy()).save(path)
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-
-def checkpoints_in(output_dir):
-    """The finished `checkpoint-<step>` folders, oldest first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[-1]))
-
-
-def save_checkpoint(accelerator, args, progress):
-    """Write everything that resuming needs, under a temporary name until it is complete."""
-    final = Path(args.output_dir) / f"checkpoint-{progress['step']}"
-    partial = final.with_name(final.name + ".partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / "progress.json").write_text(json.dumps(progress | {"arguments": vars(args)}, indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        if args.checkpoints_total_limit is not None:
-            for old in checkpoints_in(args.output_dir)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def load_checkpoint(accelerator, args):
-    """Restore the newest or the named checkpoint. Returns its progress, or None where 'latest' finds none."""
-    if args.resume_from_checkpoint == "latest":
-        found = checkpoints_in(args.output_dir)
-        if not found:
-            return None
-        folder = found[-1]
-    else:
-        folder = Path(args.resume_from_checkpoint)
-        if not (folder / "progress.json").is_file():
-            raise ValueError(f"--resume_from_checkpoint must be 'latest' or a checkpoint folder, got {str(folder)!r}.")
-    accelerator.load_state(str(folder))
-    accelerator.print(f"Resuming from {folder}")
-    return json.loads((folder / "progress.json").read_text())
-
-
-def start_log(path, step):
-    """Open the log for appending, without what an interrupted run wrote beyond the checkpoint it resumes from."""
-    kept = []
-    if path.is_file() and step > 0:
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:  # the line that was being written when the run was killed
-                continue
-    path.write_text("".join(kept))
-    return path.open("a", buffering=1)
-
-
 # ----------------------------------------------------------------------------------------------------------- main
 
 
@@ -351,6 +212,8 @@ def main(args):
         rqvae = RQVAEModel.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae")
     if args.resolution is None:
         args.resolution = rqvae.config.sample_size
+    if args.resolution < 1 or args.resolution % rqvae.spatial_scale_factor:
+        raise ValueError(f"--resolution must be a multiple of {rqvae.spatial_scale_factor}, got {args.resolution}.")
     optimizer = torch.optim.Adam(rqvae.parameters(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
     # `model` is what trains (wrapped for several processes, autocast); `rqvae` stays the module inside it.
     model, optimizer = accelerator.prepare(rqvae.train(), optimizer)
@@ -367,9 +230,11 @@ def main(args):
         accelerator.register_for_checkpointing(ema)
 
     # 2. Data
+    source = ("image_column", "dataset_name", "train_data_dir", "data_files", "train_split")
+    source = {name: getattr(args, name) for name in source}
     with accelerator.main_process_first():  # one process prepares the files that all then map
-        train_dataset = load_split(args, args.train_split)
-        validation_dataset = None if args.validation_split == "none" else load_split(args, args.validation_split)
+        train_dataset = load_split(args.train_split, **source)
+        validation_dataset = None if args.validation_split == "none" else load_split(args.validation_split, **source)
     train_images = None
     if args.cache_images_in_memory:
         train_images = decode_all(train_dataset, args.image_column, args.resolution)
@@ -386,22 +251,11 @@ def main(args):
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(train_dataset) / total_batch_size)
     progress = {"step": 0, "images": 0, "epoch": 0, "seconds": 0.0}
     if args.resume_from_checkpoint is not None:
-        progress = load_checkpoint(accelerator, args) or progress
-    step, images_seen, seconds_before = progress["step"], progress["images"], progress["seconds"]
-
-    log_file = start_log(output_dir / "train_log.jsonl", step) if accelerator.is_main_process else None
+        progress = load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint) or progress
+    step, images_seen = progress["step"], progress["images"]
+    log = TrainingLog(accelerator, output_dir, step)
     if args.report_to is not None:
         accelerator.init_trackers("rqvae", config={k: v for k, v in vars(args).items() if not isinstance(v, list)})
-
-    def log(entry, line):
-        if accelerator.is_main_process:
-            log_file.write(json.dumps(entry) + "\n")
-            print(line, flush=True)
-        if args.report_to is not None:
-            flat = {}
-            for name, value in entry.items():
-                flat |= {f"{name}/{d}": v for d, v in enumerate(value)} if isinstance(value, list) else {name: value}
-            accelerator.log({k: v for k, v in flat.items() if isinstance(v, (int, float))}, step=entry["step"])
 
     accelerator.print(
         f"parameters: {sum(p.numel() for p in rqvae.parameters()):,} + codebook of "
@@ -430,35 +284,23 @@ def main(args):
         if ema is not None:
             ema.restore(rqvae.parameters())
         rqvae.train()
-        entry = {"kind": "validation", "step": step, "images": images_seen, "seconds": round(elapsed(), 2)}
+        entry = {"kind": "validation", "step": step, "images": images_seen, "seconds": round(budget.elapsed(), 2)}
         entry |= held_back | {"train_mse": train["mse"], "train_psnr": train["psnr"]}
         entry["mse_gap"] = held_back["mse"] - train["mse"]
         usage = " ".join(f"{u:.3f}" for u in held_back["usage"])
-        log(entry, f"  validation at step {step}: mse {held_back['mse']:.5f} psnr {held_back['psnr']:.2f} dB "
-                   f"gap {entry['mse_gap']:+.5f} usage {usage}")  # fmt: skip
+        log.write(
+            entry,
+            f"  validation at step {step}: mse {held_back['mse']:.5f} psnr {held_back['psnr']:.2f} dB "
+            f"gap {entry['mse_gap']:+.5f} usage {usage}",
+        )
 
     # 4. Training
-    started = time.monotonic()
-
-    def elapsed():
-        return seconds_before + time.monotonic() - started
-
-    def fraction_done():
-        """Of the steps or of the time, whichever is further on. The clock of process 0 counts for all: clocks that
-        disagree would give the processes different learning rates, and so different weights."""
-        fraction = step / max_train_steps
-        if args.max_train_seconds:
-            seconds = elapsed()
-            if accelerator.num_processes > 1:
-                seconds = broadcast(torch.tensor(seconds, device=accelerator.device)).item()
-            fraction = max(fraction, seconds / args.max_train_seconds)
-        return fraction
-
+    budget = Budget(accelerator, max_train_steps, args.max_train_seconds, progress["seconds"])
     batches = training_batches(args, train_dataset, train_images, images_seen, accelerator)
     generator = torch.Generator()
     sums, window_steps, window_started = defaultdict(float), 0, time.monotonic()
-    while (fraction := fraction_done()) < 1:
-        learning_rate = learning_rate_at(step, fraction, args)
+    while (fraction := budget.fraction_used(step)) < 1:
+        learning_rate = learning_rate_at(step, fraction, args.learning_rate, args.lr_scheduler, args.lr_warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
@@ -502,12 +344,14 @@ def main(args):
                 value = accelerator.reduce(value, "mean") if name.endswith(("loss", "mse")) else value
                 means[name] = value.tolist()
             rate = window_steps * total_batch_size / (time.monotonic() - window_started)
-            entry = {"kind": "train", "step": step, "images": images_seen, "seconds": round(elapsed(), 2),
+            entry = {"kind": "train", "step": step, "images": images_seen, "seconds": round(budget.elapsed(), 2),
                      "images_per_second": round(rate, 2), "learning_rate": learning_rate, **means}  # fmt: skip
-            log(entry, f"step {step}/{max_train_steps} images {images_seen:,} {rate:.1f}/s lr {learning_rate:.2e} "
-                       f"loss {means['loss']:.5f} mse {means['mse']:.5f} commitment {means['commitment_loss']:.5f} "
-                       f"usage {' '.join(f'{u:.3f}' for u in means['usage'])} "
-                       f"restarts {means['restarts']:.1f}")  # fmt: skip
+            log.write(
+                entry,
+                f"step {step}/{max_train_steps} images {images_seen:,} {rate:.1f}/s lr {learning_rate:.2e} "
+                f"loss {means['loss']:.5f} mse {means['mse']:.5f} commitment {means['commitment_loss']:.5f} "
+                f"usage {' '.join(f'{u:.3f}' for u in means['usage'])} restarts {means['restarts']:.1f}",
+            )
             sums, window_steps, window_started = defaultdict(float), 0, time.monotonic()
 
         pause_started = time.monotonic()
@@ -515,8 +359,8 @@ def main(args):
             validate()
         if step % args.checkpointing_steps == 0:
             epoch = images_seen // len(train_dataset)
-            save_checkpoint(accelerator, args, {"step": step, "images": images_seen, "epoch": epoch,
-                                                "seconds": elapsed()})  # fmt: skip
+            progress = {"step": step, "images": images_seen, "epoch": epoch, "seconds": budget.elapsed()}
+            save_checkpoint(accelerator, output_dir, progress, vars(args), args.checkpoints_total_limit)
         window_started += time.monotonic() - pause_started  # images/s is the speed of training alone
 
     # 5. Export
@@ -526,10 +370,11 @@ def main(args):
         ema.copy_to(rqvae.parameters())
     if accelerator.is_main_process:
         rqvae.save_pretrained(output_dir)
-        log_file.close()
+    log.close()
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    accelerator.print(f"Saved to {output_dir} after {step:,} steps, {images_seen:,} images, {elapsed():,.0f} seconds.")
+    seconds = budget.elapsed()
+    accelerator.print(f"Saved to {output_dir} after {step:,} steps, {images_seen:,} images, {seconds:,.0f} seconds.")
 
 
 if __name__ == "__main__":

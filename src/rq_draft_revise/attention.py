@@ -105,10 +105,19 @@ class TransformerBlock(nn.Module):
         return hidden_states, key, value
 
 
-# Blocks of different shapes are different classes: `compile_repeated_blocks` compiles a class once.
+# Blocks of different shapes are different classes, each with a `forward` of its own: `compile_repeated_blocks` compiles
+# each of them, and dynamo counts recompilations by function.
 class SpatialTransformerBlock(TransformerBlock):
     """Sees the h·w positions of an image and the condition before them."""
+
+    def forward(self, hidden_states, past_key=None, past_value=None, is_causal=False):
+        """See [`TransformerBlock.forward`]."""
+        return super().forward(hidden_states, past_key, past_value, is_causal)
 
 
 class DepthTransformerBlock(TransformerBlock):
     """Sees the D codes of one stack."""
+
+    def forward(self, hidden_states, past_key=None, past_value=None, is_causal=False):
+        """See [`TransformerBlock.forward`]."""
+        return super().forward(hidden_states, past_key, past_value, is_causal)

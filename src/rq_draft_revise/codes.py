@@ -3,7 +3,7 @@
 import torch
 
 
-def check_codes(codes: torch.Tensor, code_depth: int, codebook_size: int, name: str = "codes") -> None:
+def check_codes(codes: torch.Tensor, code_depth: int | None, codebook_size: int, name: str = "codes") -> None:
     """Refuse what is not a code map.
 
     A code map holds one stack of `code_depth` codes at each of `height * width` positions. A code lies in
@@ -11,7 +11,7 @@ def check_codes(codes: torch.Tensor, code_depth: int, codebook_size: int, name: 
 
     Args:
         codes (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map.
-        code_depth (`int`): Codes at each position, D.
+        code_depth (`int`, *optional*): Codes at each position, D; any number for `None`.
         codebook_size (`int`): Size of the codebook, K.
         name (`str`): The argument's name in the error message.
 
@@ -23,10 +23,9 @@ def check_codes(codes: torch.Tensor, code_depth: int, codebook_size: int, name: 
         raise ValueError(f"`{name}` must be a torch.Tensor of int64, got {type(codes).__name__}.")
     if codes.dtype != torch.int64:
         raise ValueError(f"`{name}` must have dtype torch.int64, got {codes.dtype}.")
-    if codes.ndim != 4 or codes.shape[-1] != code_depth:
-        raise ValueError(
-            f"`{name}` must have shape (batch_size, height, width, {code_depth}), got {tuple(codes.shape)}."
-        )
+    if codes.ndim != 4 or code_depth not in (None, codes.shape[-1]):
+        depth = "code_depth" if code_depth is None else code_depth
+        raise ValueError(f"`{name}` must have shape (batch_size, height, width, {depth}), got {tuple(codes.shape)}.")
     if codes.numel() == 0:
         raise ValueError(f"`{name}` must not be empty, got shape {tuple(codes.shape)}.")
     low, high = (int(value) for value in codes.aminmax())
@@ -39,7 +38,7 @@ def check_codes(codes: torch.Tensor, code_depth: int, codebook_size: int, name: 
     if partly.any():
         raise ValueError(
             f"`{name}` must be masked in whole stacks, but {int(partly.sum())} position(s) hold the mask "
-            f"{codebook_size} in only some of their {code_depth} codes."
+            f"{codebook_size} in only some of their {codes.shape[-1]} codes."
         )
 
 

@@ -12,8 +12,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from .attention import SpatialTransformerBlock
-from .codes import embed_codes
+from .codes import check_codes, embed_codes
 from .depth_transformer import DepthTransformer
+from .scheduling_draft_and_revise import check_sampling
 
 
 @dataclass
@@ -218,15 +219,17 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         - no `codes`: the keys and values of the condition, for `prefix_key_values` of later calls.
 
         Args:
-            codes (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map; masked stacks
-                hold `mask_token_id`.
-            positions (`torch.Tensor` of shape `(batch_size, n)`, int64): Row-major positions to predict. By default all
-                that are masked in `codes`, found by a call that waits for the device.
-            uniforms (`torch.Tensor` of shape `(batch_size, n, code_depth)`): In `[0, 1)`, one number a code.
-            class_labels (`torch.Tensor` of shape `(batch_size,)`, int64): In `[0, num_classes]`, the last the null class.
-            input_ids (`torch.Tensor` of shape `(batch_size, max_text_length)`, int64): Text, padded to full length.
-            labels (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The true code map.
-            prefix_key_values (`torch.Tensor`): From [`PrefixOutput`], instead of `class_labels` or `input_ids`.
+            codes (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): The code map; masked
+                stacks hold `mask_token_id`.
+            positions (`torch.Tensor` of shape `(batch_size, n)`, int64, *optional*): Row-major positions to predict. By
+                default all that are masked in `codes`, found by a call that waits for the device.
+            uniforms (`torch.Tensor` of shape `(batch_size, n, code_depth)`, *optional*): In `[0, 1)`, one number a code.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, int64, *optional*): In `[0, num_classes]`, the last the
+                null class.
+            input_ids (`torch.Tensor` of shape `(batch_size, max_text_length)`, int64, *optional*): Text, padded to full
+                length.
+            labels (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): The true code map.
+            prefix_key_values (`torch.Tensor`, *optional*): From [`PrefixOutput`], instead of `class_labels` or `input_ids`.
             guidance_scale (`float` or scalar tensor, *optional*): Classifier-free guidance
                 `ℓ = ℓ_u + s(ℓ_c - ℓ_u)` while sampling. The condition then has `2 * batch_size` rows: the conditions,
                 then the null conditions.
@@ -237,9 +240,18 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
 
         Raises:
             `ValueError`: shapes that do not fit the model or each other, a condition missing or not known to the model,
-                both or neither of `labels` and `uniforms`.
+                both or neither of `labels` and `uniforms`, a temperature or the like that nothing can be sampled with. On the
+                CPU also values out of range; on an accelerator reading them would wait for the device.
         """
         self._check_inputs(codes, positions, uniforms, class_labels, input_ids, labels, prefix_key_values, guidance_scale)
+        self._check_values(codes, positions, class_labels, input_ids, labels)
+        self._check_sampling(guidance_scale, temperature, top_k, top_p)
+        if codes is not None:
+            index, shape = self._positions_to_index(codes, positions)  # (M,), leading shape of the result
+            if uniforms is not None and tuple(uniforms.shape) != (*shape, self.config.code_depth):
+                raise ValueError(
+                    f"`uniforms` must have shape {(*shape, self.config.code_depth)}, got {tuple(uniforms.shape)}."
+                )
         prefix_states = None
         if class_labels is not None or input_ids is not None:
             condition = class_labels.unsqueeze(1) if class_labels is not None else input_ids  # (B, P)
@@ -248,7 +260,6 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
             return PrefixOutput(prefix_key_values) if return_dict else (prefix_key_values,)
 
         context = self._encode_codes(codes, prefix_key_values, guided=guidance_scale is not None)  # (B, N, d)
-        index, shape = self._positions_to_index(codes, positions)  # (M,), leading shape of the result
         if uniforms is not None:
             if guidance_scale is not None:
                 index = torch.cat([index, index + codes.shape[0] * self.num_positions])
@@ -320,6 +331,8 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
             return (first + positions).flatten(), tuple(positions.shape)
         masked = codes[..., 0].flatten(1) == self.mask_token_id  # (B, N)
         index = masked.flatten().nonzero().squeeze(-1)  # (M,)
+        if index.shape[0] == 0:
+            raise ValueError("`codes` must have masked positions where `positions` are not given, got none.")
         if index.shape[0] % batch_size == 0 and bool((masked.sum(dim=1) * batch_size == index.shape[0]).all()):
             return index, (batch_size, index.shape[0] // batch_size)
         return index, (index.shape[0],)
@@ -334,7 +347,11 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
     def _check_inputs(
         self, codes, positions, uniforms, class_labels, input_ids, labels, prefix_key_values, guidance_scale
     ) -> None:
-        """Shapes and combinations; values are not read, since that would wait for the device."""
+        """Types, shapes and combinations."""
+        tensors = dict(codes=codes, positions=positions, uniforms=uniforms, labels=labels)
+        for name, value in (tensors | dict(class_labels=class_labels, input_ids=input_ids, prefix_key_values=prefix_key_values)).items():
+            if value is not None and not isinstance(value, torch.Tensor):
+                raise ValueError(f"`{name}` must be a torch.Tensor or None, got {type(value).__name__}.")
         conditions = dict(class_labels=class_labels, input_ids=input_ids, prefix_key_values=prefix_key_values)
         given = [name for name, value in conditions.items() if value is not None]
         allowed = {
@@ -354,7 +371,7 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         else:
             config = self.config
             expected = (config.height, config.width, config.code_depth)
-            if codes.ndim != 4 or tuple(codes.shape[1:]) != expected or codes.dtype != torch.int64:
+            if codes.ndim != 4 or tuple(codes.shape[1:]) != expected or codes.dtype != torch.int64 or not len(codes):
                 raise ValueError(
                     f"`codes` must be int64 of shape (batch_size, {', '.join(map(str, expected))}), "
                     f"got {codes.dtype} of {tuple(codes.shape)}."
@@ -365,36 +382,90 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
                     "Give exactly one of `labels` (teacher forcing) and `uniforms` (sampling), "
                     f"got {'both' if labels is not None else 'neither'}."
                 )
-            if labels is not None and labels.shape != codes.shape:
-                raise ValueError(f"`labels` must have the shape of `codes`, {tuple(codes.shape)}, got {tuple(labels.shape)}.")
+            if labels is not None and (labels.shape != codes.shape or labels.dtype != torch.int64):
+                raise ValueError(
+                    f"`labels` must be int64 of the shape of `codes`, {tuple(codes.shape)}, got {labels.dtype} of "
+                    f"{tuple(labels.shape)}."
+                )
             if labels is not None and guidance_scale is not None:
                 raise ValueError(f"`guidance_scale` is for sampling and must be None with `labels`, got {guidance_scale}.")
             if positions is not None and (
-                positions.ndim != 2 or positions.shape[0] != batch_size or positions.dtype != torch.int64
+                positions.ndim != 2
+                or positions.shape[0] != batch_size
+                or positions.shape[1] == 0
+                or positions.dtype != torch.int64
             ):
                 raise ValueError(
                     f"`positions` must be int64 of shape ({batch_size}, n), got {positions.dtype} of {tuple(positions.shape)}."
                 )
-            if uniforms is not None and positions is not None:
-                if tuple(uniforms.shape) != (*positions.shape, config.code_depth):
-                    raise ValueError(
-                        f"`uniforms` must have shape {(*positions.shape, config.code_depth)}, got {tuple(uniforms.shape)}."
-                    )
+            if uniforms is not None and not uniforms.is_floating_point():
+                raise ValueError(f"`uniforms` must be floating-point numbers in [0, 1), got {uniforms.dtype}.")
             rows = batch_size if guidance_scale is None else 2 * batch_size
-        if class_labels is not None and (class_labels.ndim != 1 or class_labels.dtype != torch.int64):
+        if class_labels is not None and (
+            class_labels.ndim != 1 or class_labels.dtype != torch.int64 or not len(class_labels)
+        ):
             raise ValueError(
                 f"`class_labels` must be int64 of shape (batch_size,), got {class_labels.dtype} of {tuple(class_labels.shape)}."
             )
         if input_ids is not None and (
-            input_ids.ndim != 2 or input_ids.shape[1] != self.prefix_length or input_ids.dtype != torch.int64
+            input_ids.ndim != 2
+            or input_ids.shape[1] != self.prefix_length
+            or input_ids.dtype != torch.int64
+            or not len(input_ids)
         ):
             raise ValueError(
                 f"`input_ids` must be int64 of shape (batch_size, {self.prefix_length}), "
                 f"got {input_ids.dtype} of {tuple(input_ids.shape)}."
             )
+        if prefix_key_values is not None:
+            heads = (self.config.num_attention_heads, self.config.attention_head_dim)
+            shape = (len(self.blocks), 2, rows, self.prefix_length, *heads)
+            if prefix_key_values.shape != shape or not prefix_key_values.is_floating_point():
+                raise ValueError(
+                    f"`prefix_key_values` must be floating-point of shape {shape}, got {prefix_key_values.dtype} of "
+                    f"{tuple(prefix_key_values.shape)}."
+                )
         if codes is not None and allowed:
             size = prefix_key_values.shape[2] if prefix_key_values is not None else conditions[given[0]].shape[0]
             if size != rows:
                 raise ValueError(
                     f"`{given[0]}` must have {rows} rows ({'twice ' if rows != batch_size else ''}the batch), got {size}."
                 )
+
+    def _check_values(self, codes, positions, class_labels, input_ids, labels) -> None:
+        """Ranges of what can be read without waiting for a device."""
+        if codes is not None and _is_readable(codes):
+            check_codes(codes, self.config.code_depth, self.config.codebook_size)
+        for name, value, largest in (
+            ("positions", positions, self.num_positions - 1),
+            ("class_labels", class_labels, self.null_condition_id),
+            ("input_ids", input_ids, self.null_condition_id),
+            ("labels", labels, self.config.codebook_size - 1),
+        ):
+            if value is not None and _is_readable(value):
+                low, high = (int(bound) for bound in value.aminmax())
+                if low < 0 or high > largest:
+                    raise ValueError(f"`{name}` must lie in [0, {largest}], got values in [{low}, {high}].")
+
+    def _check_sampling(self, guidance_scale, temperature, top_k, top_p) -> None:
+        """Numbers of the sampling; of scalar tensors only those that can be read without waiting for a device."""
+        if torch.compiler.is_compiling():
+            return
+        numbers = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+        if guidance_scale is None:
+            del numbers["guidance_scale"]
+        for name, value in list(numbers.items()):
+            if not isinstance(value, torch.Tensor):
+                continue
+            if value.numel() != 1 or not value.is_floating_point():
+                raise ValueError(f"`{name}` must be a number or a scalar tensor, got {value.dtype} of {tuple(value.shape)}.")
+            if _is_readable(value):
+                numbers[name] = float(value)
+            else:
+                del numbers[name]
+        check_sampling(**numbers)
+
+
+def _is_readable(value: torch.Tensor) -> bool:
+    """Whether reading a tensor neither waits for a device nor breaks a graph."""
+    return type(value) is torch.Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -59,9 +59,11 @@ def sample_codes(
     Returns:
         codes `(M,)` int64 and their log-probabilities `(M,)` float32 under the distribution that was sampled.
     """
-    logits = filter_logits(logits.float() / temperature, top_k, top_p)
+    logits = logits.float()
+    # the largest is 0 from here on, so that no temperature makes infinities of which a softmax would make NaN
+    logits = filter_logits((logits - logits.amax(dim=-1, keepdim=True)) / temperature, top_k, top_p)
     codebook_size = logits.shape[-1]
-    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()  # (M, K)
+    weights = logits.exp()  # (M, K)
     group_size = max(1, int(codebook_size**0.5))
     padding = -codebook_size % group_size
     groups = nn.functional.pad(weights, (0, padding)).unflatten(-1, (-1, group_size))  # (M, G, K/G)

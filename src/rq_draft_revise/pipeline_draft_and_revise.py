@@ -1,10 +1,11 @@
 """From a prompt or a class to an image: draft every position once, then revise the whole."""
 
-import math
+import contextlib
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import logging
@@ -14,10 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from .codes import check_codes
 from .contextual_rq_transformer import ContextualRQTransformerModel
 from .rqvae import RQVAEModel
-from .scheduling_draft_and_revise import DraftAndReviseScheduler
+from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_generator, check_sampling
 
 logger = logging.get_logger(__name__)
-
 
 
 class DraftAndRevisePipeline(DiffusionPipeline):
@@ -51,13 +51,17 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         if vae is not None and transformer is not None:
             check_same_codebook(vae, transformer)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, tokenizer=tokenizer)
-        if type(tokenizer).__name__ == "TokenizersBackend":
-            # transformers 5 renamed the class; model_index.json gets the name that 4.57 and 5 both know
-            self.register_to_config(tokenizer=("transformers", "PreTrainedTokenizerFast"))
         # JSON has no integer keys
         id2label = None if id2label is None else {int(label): name for label, name in id2label.items()}
         self.register_to_config(id2label=id2label)
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae.spatial_scale_factor if vae is not None else 1)
+
+    def register_to_config(self, **kwargs) -> None:
+        """As in diffusers, which calls it for every component set."""
+        if kwargs.get("tokenizer") == ("transformers", "TokenizersBackend"):
+            # transformers 5 renamed the class; model_index.json gets the name that 4.57 and 5 both know
+            kwargs["tokenizer"] = ("transformers", "PreTrainedTokenizerFast")
+        super().register_to_config(**kwargs)
 
     @property
     def guidance_scale(self) -> float:
@@ -83,18 +87,28 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         """Class ids of names, such as `pipe.get_label_ids(["volcano"])`.
 
         Raises:
-            `ValueError`: the pipeline has no `id2label`, or a name is not in it.
+            `ValueError`: the pipeline has no `id2label`, a name is not in it, or `label` is no name.
         """
-        if self.config.id2label is None:
-            raise ValueError("`label` needs a pipeline with `id2label`, and this one has none: give class ids.")
-        ids = {
-            name.strip().lower(): int(i) for i, names in self.config.id2label.items() for name in [names, *names.split(",")]
-        }
+        return self._names_to_ids(label, argument="label")
+
+    def _names_to_ids(self, label, argument: str) -> list[int]:
+        """[`get_label_ids`] for the `argument` that the errors are to name."""
         labels = [label] if isinstance(label, str) else label
-        unknown = [name for name in labels if not isinstance(name, str) or name.strip().lower() not in ids]
+        if not isinstance(labels, (list, tuple)) or not all(isinstance(name, str) for name in labels):
+            raise ValueError(f"`{argument}` must be a name or a list of names, got {label!r}.")
+        if self.config.id2label is None:
+            raise ValueError(
+                f"`{argument}` by name needs a pipeline with `id2label`, and this one has none: give class ids, got {label!r}."
+            )
+        ids = {
+            name.strip().lower(): int(i)
+            for i, names in self.config.id2label.items()
+            for name in [names, *names.split(",")]
+        }
+        unknown = [name for name in labels if name.strip().lower() not in ids]
         if unknown:
             examples = ", ".join(sorted(ids)[:5])
-            raise ValueError(f"`label` must be names in `pipe.config.id2label` ({examples}, ...), got {unknown}.")
+            raise ValueError(f"`{argument}` must be names in `pipe.config.id2label` ({examples}, ...), got {unknown}.")
         return [ids[name.strip().lower()] for name in labels]
 
     def check_inputs(
@@ -116,7 +130,8 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         generator=None,
         latents=None,
         output_type="pil",
-        callback_on_step_end_tensor_inputs=None,
+        callback_on_step_end_tensor_inputs=("latents",),
+        callback_on_step_end=None,
     ) -> None:
         """Refuse what [`__call__`] cannot do, each with a `ValueError` that names the argument and what is allowed."""
         config = self.transformer.config
@@ -164,26 +179,25 @@ class DraftAndRevisePipeline(DiffusionPipeline):
             ("num_inference_steps", num_inference_steps, 0),
             ("num_revise_steps", num_revise_steps, 1),
             ("num_revisions", num_revisions, 0),
-            ("top_k", top_k, 1),
         ):
             if value is not None and (not _is_integer(value) or value < smallest):
                 raise ValueError(f"`{name}` must be an integer of at least {smallest}, got {value!r}.")
-        conditional = self.transformer.prefix_length > 0
-        for name, value in (("guidance_scale", guidance_scale), ("draft_guidance_scale", draft_guidance_scale)):
-            if value is not None and (not _is_finite(value) or value < 0):
-                raise ValueError(f"`{name}` must be a finite number of at least 0 (1 is no guidance), got {value!r}.")
-            if value is not None and value != 1 and not conditional:
-                raise ValueError(f"`{name}` must be 1 or None: this model is unconditional, got {value!r}.")
-        for name, value in (("temperature", temperature), ("draft_temperature", draft_temperature)):
-            if value is not None and (not _is_finite(value) or value <= 0):
-                raise ValueError(
-                    f"`{name}` must be a positive finite number, got {value!r}. For the most probable codes take `top_k=1`."
-                )
-        if top_p is not None and (not _is_finite(top_p) or not 0 < top_p <= 1):
-            raise ValueError(f"`top_p` must lie in (0, 1], got {top_p!r}.")
+        given = dict(
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            draft_guidance_scale=draft_guidance_scale,
+            draft_temperature=draft_temperature,
+            selection=selection,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        check_sampling(**{name: value for name, value in given.items() if value is not None})
+        for name in ("guidance_scale", "draft_guidance_scale"):
+            if self.transformer.prefix_length == 0 and given[name] not in (None, 1):
+                raise ValueError(f"`{name}` must be 1 or None: this model is unconditional, got {given[name]!r}.")
 
         # the rest
-        if output_type not in ("pil", "np", "pt", "latent"):
+        if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
         batch_size = self._batch_size(prompt, class_labels, num_images_per_prompt, latents)
         if latents is not None:
@@ -191,19 +205,36 @@ class DraftAndRevisePipeline(DiffusionPipeline):
             expected = (batch_size, config.height, config.width, config.code_depth)
             if tuple(latents.shape) != expected:
                 raise ValueError(f"`latents` must have shape {expected}, got {tuple(latents.shape)}.")
-        generators = generator if isinstance(generator, (list, tuple)) else [generator] * (generator is not None)
-        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
-            raise ValueError(f"`generator` must be one or a list of {batch_size}, one an image, got {len(generator)}.")
-        for one in generators:
-            if not isinstance(one, torch.Generator):
-                raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {type(one).__name__}.")
-        allowed = self._callback_tensor_inputs
-        if callback_on_step_end_tensor_inputs is not None and not all(
-            name in allowed for name in callback_on_step_end_tensor_inputs
-        ):
+        check_generator(generator, batch_size)
+        self._check_steps(num_inference_steps, num_revise_steps, latents)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` must be callable or None, got {callback_on_step_end!r}.")
+        names, allowed = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        if not isinstance(names, (list, tuple)) or not all(name in allowed for name in names):
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {allowed}, got {callback_on_step_end_tensor_inputs}."
+                f"`callback_on_step_end_tensor_inputs` must be a list of names among {allowed}, got {names!r}."
             )
+
+    def _check_steps(self, num_inference_steps, num_revise_steps, latents) -> None:
+        """Refuse more steps than positions before anything is set up; the scheduler would do so only afterwards."""
+        to_draft = self._positions_to_draft(latents)
+        if num_inference_steps is not None and not min(1, to_draft) <= num_inference_steps <= to_draft:
+            raise ValueError(
+                f"`num_inference_steps` must lie in [{min(1, to_draft)}, {to_draft}], as there are {to_draft} positions to "
+                f"draft, got {num_inference_steps}."
+            )
+        num_positions = self.transformer.num_positions
+        if num_revise_steps is not None and num_revise_steps > num_positions:
+            raise ValueError(
+                f"`num_revise_steps` must lie in [1, {num_positions}], as there are {num_positions} positions to revise, "
+                f"got {num_revise_steps}."
+            )
+
+    def _positions_to_draft(self, latents: torch.Tensor | None) -> int:
+        """Masked positions of the image that has the most."""
+        if latents is None:
+            return self.transformer.num_positions
+        return int((latents[..., 0] == self.transformer.mask_token_id).flatten(1).sum(dim=1).max())
 
     def _class_ids(self, class_labels) -> list[int]:
         """Ids of labels given as an id, a name, a tensor, or a list of ids and names."""
@@ -216,11 +247,11 @@ class DraftAndRevisePipeline(DiffusionPipeline):
             class_labels = class_labels.tolist()
         labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
         if not labels:
-            raise ValueError("`class_labels` must not be an empty list.")
+            raise ValueError(f"`class_labels` must not be empty, got {class_labels!r}.")
         ids = []
         for label in labels:
             if isinstance(label, str):
-                ids += self.get_label_ids(label)
+                ids += self._names_to_ids(label, argument="class_labels")
             elif _is_integer(label):
                 ids.append(int(label))
             else:
@@ -280,9 +311,16 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         ids = self.tokenizer(
             prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
+        if int(ids.max()) >= self.transformer.config.text_vocab_size:
+            raise ValueError(
+                f"`prompt` has token {int(ids.max())}, but the transformer knows only {self.transformer.config.text_vocab_size}:"
+                f" is `tokenizer` the one it was trained with? Got {prompt!r}."
+            )
         for text, full in zip(prompt, self.tokenizer(prompt).input_ids, strict=True):
             if len(full) > length:
-                logger.warning(f"`prompt` has {len(full)} tokens, of which the model reads the first {length}: {text!r}.")
+                logger.warning(
+                    f"`prompt` has {len(full)} tokens, of which the model reads the first {length}: {text!r}."
+                )
         return ids
 
     def prepare_latents(self, batch_size: int, latents: torch.Tensor | None = None) -> torch.Tensor:
@@ -296,7 +334,7 @@ class DraftAndRevisePipeline(DiffusionPipeline):
     def prepare_steps(self, latents: torch.Tensor, num_inference_steps, num_revise_steps, num_revisions, selection):
         """Set the scheduler's timesteps. Saved defaults shrink to the positions at hand; explicit numbers must fit."""
         config, num_positions = self.scheduler.config, self.transformer.num_positions
-        to_draft = int((latents[..., 0] == self.transformer.mask_token_id).flatten(1).sum(dim=1).max())
+        to_draft = self._positions_to_draft(latents)
         if num_inference_steps is None:
             num_inference_steps = min(config.num_inference_steps, to_draft)
             num_inference_steps = max(num_inference_steps, min(1, to_draft))
@@ -304,7 +342,9 @@ class DraftAndRevisePipeline(DiffusionPipeline):
             num_revise_steps = min(config.num_revise_steps, num_positions)
         self.scheduler.set_timesteps(num_inference_steps, num_revise_steps, num_revisions, selection=selection)
 
-    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | torch.Tensor:
+    def decode_latents(
+        self, latents: torch.Tensor, output_type: str = "pil"
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
         """Codes to images; undrafted positions decode as the zero vector, so a draft may be watched while it forms.
 
         Args:
@@ -314,16 +354,8 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         """
         if output_type == "latent":
             return latents
-        # float16 ends at 65504, which a decoder's activations can pass; the way there and back loses nothing.
-        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
-        if upcast:
-            self.vae.to(torch.float32)
-        try:
-            with torch.no_grad():
-                image = self.vae.decode(latents).sample  # (B, 3, H, W)
-        finally:
-            if upcast:
-                self.vae.to(torch.float16)
+        with torch.no_grad(), _float32_weights(self.vae):
+            image = self.vae.decode(latents).sample  # (B, 3, H, W)
         return self.image_processor.postprocess(image.float(), output_type=output_type)
 
     @torch.no_grad()
@@ -401,6 +433,7 @@ class DraftAndRevisePipeline(DiffusionPipeline):
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
+            callback_on_step_end,
         )
         defaults = self.scheduler.config
         temperature = defaults.temperature if temperature is None else temperature
@@ -408,7 +441,9 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         top_k = defaults.top_k if top_k is None else top_k
         top_p = defaults.top_p if top_p is None else top_p
         self._guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        self._draft_guidance_scale = defaults.draft_guidance_scale if draft_guidance_scale is None else draft_guidance_scale
+        self._draft_guidance_scale = (
+            defaults.draft_guidance_scale if draft_guidance_scale is None else draft_guidance_scale
+        )
         self._interrupt = False
 
         # 1. What to start from, and what to do
@@ -470,7 +505,7 @@ class DraftAndRevisePipeline(DiffusionPipeline):
 
 
 def check_same_codebook(vae: RQVAEModel, transformer: ContextualRQTransformerModel) -> None:
-    """Raise a `ValueError` unless both models read codes in the same codebook, up to the rounding of their dtypes."""
+    """Raise a `ValueError` unless both models read codes in the same codebook, up to a rounding to half precision."""
     ours, theirs = vae.quantizer.codebook, transformer.codebook
     if vae.config.code_depth != transformer.config.code_depth:
         raise ValueError(
@@ -483,17 +518,37 @@ def check_same_codebook(vae: RQVAEModel, transformer: ContextualRQTransformerMod
         )
     if ours.is_meta or theirs.is_meta:
         return
-    coarser = max(ours.dtype, theirs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    if not torch.equal(ours.cpu().to(coarser), theirs.cpu().to(coarser)):
+    # A cast to half precision and back leaves its rounding behind, 2⁻⁸ in bfloat16, and may hit one of the two only: the
+    # RQ-VAE's is loaded in float32 whatever the dtype. Codebooks of two trainings differ by as much as their vectors.
+    if not torch.allclose(ours.cpu().float(), theirs.cpu().float(), rtol=2**-7, atol=2**-24):
         raise ValueError(
             "`vae` and `transformer` must have the same codebook, got different values. A transformer takes over its "
             "RQ-VAE's by `transformer.set_codebook(vae.quantizer.codebook)`, but must be trained on its codes."
         )
 
 
+@contextlib.contextmanager
+def _float32_weights(vae: RQVAEModel):
+    """Within, a float16 RQ-VAE with `force_upcast` has float32 weights; afterwards its own again, bit for bit.
+
+    float16 ends at 65504, which a decoder's activations can pass. `vae.to(float32)` and back would not do: the second cast
+    takes along what is kept in float32, the codebook. Hooks that themselves cast or move weights one by one (layerwise
+    casting, group offloading) hold on to the tensors they know, so there the decoder stays in float16.
+    """
+    dtypes = {parameter.dtype for parameter in vae.parameters()}
+    if dtypes != {torch.float16} or not vae.config.force_upcast or _is_group_offload_enabled(vae):
+        yield
+        return
+    weights = [(module, name, weight) for module in vae.modules() for name, weight in module._parameters.items()]
+    weights = [(module, name, weight) for module, name, weight in weights if weight is not None]
+    try:
+        for module, name, weight in weights:
+            module._parameters[name] = torch.nn.Parameter(weight.float(), requires_grad=False)
+        yield
+    finally:
+        for module, name, weight in weights:
+            module._parameters[name] = weight
+
+
 def _is_integer(value) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _is_finite(value) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)

@@ -2,6 +2,7 @@
 CVPR 2022; the first stage of Draft-and-Revise)."""
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.distributed as dist
@@ -117,17 +118,35 @@ class ResidualQuantizer(nn.Module):
         """Nearest code of each residual: `(n, dim)` -> `(n,)` int64."""
         return self.distances(residual, depth).argmin(dim=-1)
 
-    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Quantize.
+    def forward(
+        self,
+        latents: torch.Tensor | None = None,
+        codes: torch.Tensor | None = None,
+        tau: float | None = None,
+        stochastic: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Three uses, by what is given, so that an offloading hook sees every reading of the codebook.
 
         Args:
-            latents (`torch.Tensor` of shape `(..., dim)`): z.
+            latents (`torch.Tensor` of shape `(..., dim)`): z, to be quantized.
+            codes (`torch.Tensor` of shape `(..., d)`, int64): Codes of the first d depths, to be summed up.
+            tau (`float`), stochastic (`bool`), generator (`torch.Generator`): As in [`RQVAEModel.soft_codes`].
 
         Returns:
-            quantized `(..., dim)` with the straight-through gradient, codes `(..., D)`, commitment loss (scalar): the
-            mean over d of ‖z - sg[z^(d)]‖² (mean over elements), which asks of every prefix of the stack that it come
-            close, not only of the whole.
+            - of `latents`: quantized `(..., dim)` with the straight-through gradient, codes `(..., D)`, commitment loss
+              (scalar): the mean over d of ‖z - sg[z^(d)]‖² (mean over elements), which asks of every prefix of the stack
+              that it come close, not only of the whole.
+            - of `codes`: z^(d) `(..., dim)`.
+            - of `latents` and `tau`: probabilities `(..., D, codebook_size)` and codes `(..., D)`.
         """
+        if codes is not None:
+            return embed_codes(self.codebook, codes).sum(dim=-2)
+        if tau is not None:
+            return self._soft_codes(latents, tau, stochastic, generator)
+        return self._quantize(latents)
+
+    def _quantize(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         z = latents.float()
         residual, quantized, codes, loss = z.detach(), torch.zeros_like(z), [], 0.0
         for depth in range(self.depth):
@@ -138,6 +157,23 @@ class ResidualQuantizer(nn.Module):
             loss = loss + F.mse_loss(z, quantized)
         quantized = z + (quantized - z).detach()
         return quantized.to(latents.dtype), torch.stack(codes, dim=-1), loss / self.depth
+
+    def _soft_codes(
+        self, latents: torch.Tensor, tau: float, stochastic: bool, generator: torch.Generator | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        residual, probabilities, codes = latents.float().flatten(end_dim=-2), [], []
+        for depth in range(self.depth):
+            distances = self.distances(residual, depth)
+            probabilities.append(torch.softmax(-distances / tau, dim=-1))
+            if stochastic:
+                device = generator.device if generator is not None else residual.device
+                drawn = torch.multinomial(probabilities[-1].to(device), 1, generator=generator).squeeze(-1)
+                codes.append(drawn.to(residual.device))
+            else:
+                codes.append(distances.argmin(dim=-1))
+            residual = residual - self.codebook[self._book(depth), codes[-1]].float()
+        shape = latents.shape[:-1]
+        return torch.stack(probabilities, dim=1).unflatten(0, shape), torch.stack(codes, dim=1).unflatten(0, shape)
 
     @torch.no_grad()
     def update(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> CodebookUpdateOutput:
@@ -234,6 +270,8 @@ class RQVAEModel(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResnetBlock2D", "Attention", "ResidualQuantizer"]
     _skip_layerwise_casting_patterns = ["quantizer", "norm", "quant_conv"]
+    # `encode` and `decode` do not pass through `forward`, whose hook would bring in what is not listed here.
+    _group_offload_block_modules = ["encoder", "quant_conv", "quantizer", "post_quant_conv", "decoder"]
     # A codebook in half precision moves near-ties; the quantizer computes in float32 anyway.
     _keep_in_fp32_modules = ["quantizer"]
 
@@ -325,6 +363,8 @@ class RQVAEModel(ModelMixin, ConfigMixin):
                 f"`pixel_values` must have shape (batch_size, {channels}, height, width) with height and width "
                 f"multiples of {multiple}, got {tuple(pixel_values.shape)}."
             )
+        if pixel_values.dtype != self.dtype and not torch.is_autocast_enabled(pixel_values.device.type):
+            raise ValueError(f"`pixel_values` must have the model's dtype, {self.dtype}, got {pixel_values.dtype}.")
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         self._check_pixels(pixel_values)
@@ -375,11 +415,11 @@ class RQVAEModel(ModelMixin, ConfigMixin):
         `(batch_size, h, w, code_depth)` int64 -> `(batch_size, latent_channels, h, w)`. Raises like [`decode`].
         """
         depth = self.config.code_depth if depth is None else depth
-        if not isinstance(depth, int) or not 1 <= depth <= self.config.code_depth:
+        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= self.config.code_depth:
             raise ValueError(f"`depth` must be an integer in [1, {self.config.code_depth}], got {depth!r}.")
         if not torch.compiler.is_compiling():  # reading values would break the graph
             check_codes(codes, self.config.code_depth, self.config.codebook_size)
-        return embed_codes(self.quantizer.codebook, codes[..., :depth]).sum(dim=-2).permute(0, 3, 1, 2)
+        return self.quantizer(codes=codes[..., :depth]).permute(0, 3, 1, 2)
 
     @apply_forward_hook
     def soft_codes(
@@ -398,26 +438,17 @@ class RQVAEModel(ModelMixin, ConfigMixin):
             stochastic (`bool`, defaults to `False`): Draw each code instead of taking the nearest; the residual of the
                 next depth follows the draw.
             generator (`torch.Generator`, *optional*): For the draws.
+            return_dict (`bool`, defaults to `True`): A [`SoftCodesOutput`], or its fields as a tuple.
 
         Raises:
             `ValueError`: `tau` is not positive and finite; `pixel_values` of another dtype or shape.
         """
-        if not 0 < tau < float("inf"):
-            raise ValueError(f"`tau` must be positive and finite, got {tau}.")
-        latents = self._encode(pixel_values).permute(0, 2, 3, 1).float()
-        residual, probabilities, codes = latents.flatten(end_dim=-2), [], []
-        for depth in range(self.config.code_depth):
-            distances = self.quantizer.distances(residual, depth)
-            probabilities.append(torch.softmax(-distances / tau, dim=-1))
-            if stochastic:
-                device = generator.device if generator is not None else residual.device
-                drawn = torch.multinomial(probabilities[-1].to(device), 1, generator=generator).squeeze(-1)
-                codes.append(drawn.to(residual.device))
-            else:
-                codes.append(distances.argmin(dim=-1))
-            residual = residual - self.quantizer.codebook[self.quantizer._book(depth), codes[-1]].float()
-        probabilities = torch.stack(probabilities, dim=1).unflatten(0, latents.shape[:3])
-        codes = torch.stack(codes, dim=1).unflatten(0, latents.shape[:3])
+        if not isinstance(tau, Real) or isinstance(tau, bool) or not 0 < tau < float("inf"):
+            raise ValueError(f"`tau` must be positive and finite, got {tau!r}.")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"`generator` must be a torch.Generator or None, got {generator!r}.")
+        latents = self._encode(pixel_values).permute(0, 2, 3, 1)  # (B, h, w, C)
+        probabilities, codes = self.quantizer(latents, tau=tau, stochastic=stochastic, generator=generator)
         return SoftCodesOutput(probabilities=probabilities, codes=codes) if return_dict else (probabilities, codes)
 
     def forward(self, pixel_values: torch.Tensor, return_dict: bool = True) -> RQVAEOutput | tuple:

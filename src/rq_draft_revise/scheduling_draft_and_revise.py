@@ -1,11 +1,15 @@
 """Which positions each step predicts, and which of the predictions it keeps: Algorithms 1 and 2 of the paper."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
+
+from .codes import check_codes
+
 
 SELECTIONS = ("random", "top-c", "top-c-50%")
 
@@ -37,6 +41,51 @@ class StepInput(BaseOutput):
     codes: torch.Tensor
     positions: torch.Tensor | None = None
     uniforms: torch.Tensor | None = None
+
+
+def check_sampling(
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    draft_guidance_scale: float = 1.0,
+    draft_temperature: float = 1.0,
+    selection: str = "random",
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> None:
+    """Refuse, with a `ValueError`, numbers that nothing can be sampled with."""
+    for name, value in (("guidance_scale", guidance_scale), ("draft_guidance_scale", draft_guidance_scale)):
+        if not _is_finite(value) or value < 0:
+            raise ValueError(f"`{name}` must be a finite number of at least 0 (1 is no guidance), got {value!r}.")
+    for name, value in (("temperature", temperature), ("draft_temperature", draft_temperature)):
+        # the models divide by it in float32, whose smallest numbers some devices take for 0
+        if not _is_finite(value) or value < torch.finfo(torch.float32).tiny:
+            raise ValueError(
+                f"`{name}` must be a positive finite number, got {value!r}. For the most probable codes take `top_k=1`."
+            )
+    if not isinstance(selection, str) or selection not in SELECTIONS:
+        raise ValueError(f"`selection` must be one of {SELECTIONS}, got {selection!r}.")
+    if top_k is not None and (not _is_integer(top_k) or top_k < 1):
+        raise ValueError(f"`top_k` must be an integer of at least 1, got {top_k!r}.")
+    if top_p is not None and (not _is_finite(top_p) or not 0 < top_p <= 1):
+        raise ValueError(f"`top_p` must lie in (0, 1], got {top_p!r}.")
+
+
+def check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
+    """Refuse, with a `ValueError`, what is neither a generator, nor one an image, nor `None`."""
+    if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+        raise ValueError(f"`generator` must be one or a list of {batch_size}, one an image, got {len(generator)}.")
+    for one in generator if isinstance(generator, (list, tuple)) else [generator] * (generator is not None):
+        if not isinstance(one, torch.Generator):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {one!r}.")
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value) -> bool:
+    """Whether a value is a number that float32 can hold."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= torch.finfo(torch.float32).max
 
 
 def _block_sizes(num_positions: int, num_steps: int) -> list[int]:
@@ -86,6 +135,9 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
         top_k: int | None = None,
         top_p: float | None = None,
     ):
+        check_sampling(
+            guidance_scale, temperature, draft_guidance_scale, draft_temperature, selection, top_k=top_k, top_p=top_p
+        )
         self.set_timesteps()
 
     def set_timesteps(
@@ -114,22 +166,36 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
         def default(name, value):
             return self.config[name] if value is None else value
 
-        self.num_inference_steps = default("num_inference_steps", num_inference_steps)
-        self.num_revise_steps = default("num_revise_steps", num_revise_steps)
-        self.num_revisions = default("num_revisions", num_revisions)
-        self.selection = default("selection", selection)
-        for name, smallest in (("num_inference_steps", 0), ("num_revise_steps", 1), ("num_revisions", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+        num_inference_steps = default("num_inference_steps", num_inference_steps)
+        num_revise_steps = default("num_revise_steps", num_revise_steps)
+        num_revisions = default("num_revisions", num_revisions)
+        selection = default("selection", selection)
+        for name, value, smallest in (
+            ("num_inference_steps", num_inference_steps, 0),
+            ("num_revise_steps", num_revise_steps, 1),
+            ("num_revisions", num_revisions, 0),
+        ):
+            if not _is_integer(value) or value < smallest:
                 raise ValueError(f"`{name}` must be an integer of at least {smallest}, got {value!r}.")
-        if self.selection not in SELECTIONS:
-            raise ValueError(f"`selection` must be one of {SELECTIONS}, got {self.selection!r}.")
+        check_sampling(selection=selection)
+        # only now: a refused call leaves the run that is laid out as it is
+        self.num_inference_steps, self.num_revise_steps = int(num_inference_steps), int(num_revise_steps)
+        self.num_revisions, self.selection = int(num_revisions), selection
         self.timesteps = torch.arange(self.num_inference_steps + self.num_revisions * self.num_revise_steps)
         self._blocks = None
 
     def is_draft(self, timestep: int | torch.Tensor) -> bool:
         """Whether a timestep belongs to the draft rather than to a revision."""
-        return int(timestep) < self.num_inference_steps
+        return self._index(timestep) < self.num_inference_steps
+
+    def _index(self, timestep: int | torch.Tensor) -> int:
+        """A timestep as an `int`, which costs no wait for the device: `timesteps` are on the CPU."""
+        whole = _is_integer(timestep)
+        if isinstance(timestep, torch.Tensor) and timestep.numel() == 1:
+            whole = timestep.dtype in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+        if not whole or not 0 <= int(timestep) < len(self.timesteps):
+            raise ValueError(f"`timestep` must be an integer in [0, {len(self.timesteps) - 1}], got {timestep!r}.")
+        return int(timestep)
 
     def set_partitions(
         self,
@@ -150,18 +216,22 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
                 revised; all by default.
 
         Raises:
-            `ValueError`: fewer steps than are needed to draft (0), or more steps than positions; a list of generators of
-                the wrong length; a region of the wrong shape, or one that leaves out a masked position.
+            `ValueError`: a sample that is no code map; fewer steps than are needed to draft (0), or more steps than
+                positions; a list of generators of the wrong length; a region of the wrong shape, or one that leaves out a
+                masked position.
         """
+        if not _is_integer(mask_token_id) or mask_token_id < 1:
+            raise ValueError(f"`mask_token_id` must be an integer of at least 1, got {mask_token_id!r}.")
+        check_codes(sample, code_depth=None, codebook_size=mask_token_id, name="sample")
         batch_size, height, width, code_depth = sample.shape
         num_positions = height * width
         masked = (sample[..., 0] == mask_token_id).flatten(1).cpu()
-        region = torch.ones_like(masked) if region is None else region.cpu()
-        if region.numel() != masked.numel() or region.dtype != torch.bool:
-            raise ValueError(
-                f"`region` must be bool of shape {(batch_size, height, width)}, got {region.dtype} of {tuple(region.shape)}."
-            )
-        region = region.view_as(masked)
+        if region is None:
+            region = torch.ones_like(masked)
+        elif not isinstance(region, torch.Tensor) or region.dtype != torch.bool or region.shape != sample.shape[:3]:
+            got = f"{region.dtype} of {tuple(region.shape)}" if isinstance(region, torch.Tensor) else repr(region)
+            raise ValueError(f"`region` must be bool of shape {(batch_size, height, width)}, got {got}.")
+        region = region.cpu().view_as(masked)
         if (masked & ~region).any():
             raise ValueError("`region` must hold every masked position of `sample`.")
         most = int(masked.sum(dim=1).max())
@@ -176,8 +246,7 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
                 f"`num_revise_steps` must lie in [1, {most}], as there are {most} positions to revise, "
                 f"got {self.num_revise_steps}."
             )
-        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
-            raise ValueError(f"`generator` must be one or a list of {batch_size}, one an image, got {len(generator)}.")
+        check_generator(generator, batch_size)
 
         images = []
         for row in range(batch_size):
@@ -185,7 +254,7 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
             images.append(self._draw_image(masked[row], region[row], code_depth, source))
 
         self.mask_token_id = mask_token_id
-        device = sample.device
+        self._shape, device = sample.shape, sample.device
         # One partition a phase, one tensor of keys and uniforms a phase; the images of a batch side by side.
         self._keys = [torch.stack(keys).to(device) for keys in zip(*(image[0] for image in images), strict=True)]
         self._uniforms = [torch.stack(u).to(device) for u in zip(*(image[1] for image in images), strict=True)]
@@ -217,11 +286,15 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
         def uniform(*shape):
             return torch.rand(*shape, generator=generator, device=device).cpu()
 
-        # A confidence strategy predicts a position many times and needs fresh numbers each time.
-        draft_draws = 1 if self.selection == "random" else draft_steps
-        keys = [uniform(draft_draws, num_positions)]
-        uniforms = [uniform(draft_draws, num_positions, code_depth)]
-        blocks = self._cut(keys[0][0] if draft_draws else None, masked, draft_steps)
+        # A confidence strategy predicts a position many times and needs fresh numbers each time. An image that is done
+        # before others draws no more than it would alone.
+        draws = 1 if self.selection == "random" else min(draft_steps, int(masked.sum()))
+        keys = [uniform(draws, num_positions)]
+        uniforms = [uniform(draws, num_positions, code_depth)]
+        blocks = self._cut(keys[0][0] if draws else None, masked, draft_steps)
+        if self.selection != "random":
+            keys[0] = torch.nn.functional.pad(keys[0], (0, 0, 0, draft_steps - draws))
+            uniforms[0] = torch.nn.functional.pad(uniforms[0], (0, 0, 0, 0, 0, draft_steps - draws))
         for _ in range(self.num_revisions):
             keys.append(uniform(1, num_positions))
             uniforms.append(uniform(1, num_positions, code_depth))
@@ -231,8 +304,8 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
     @staticmethod
     def _cut(keys, positions, num_steps) -> list[torch.Tensor]:
         """Positions in the order of their keys, in `num_steps` balanced blocks; too few positions leave blocks empty."""
-        if num_steps == 0:
-            return []
+        if keys is None or num_steps == 0:
+            return [torch.zeros(0, dtype=torch.int64)] * num_steps
         order = keys.masked_fill(~positions, torch.inf).argsort()[: int(positions.sum())]
         steps = max(1, min(num_steps, len(order)))
         return list(order.split(_block_sizes(len(order), steps))) + [order[:0]] * (num_steps - steps)
@@ -247,8 +320,11 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
         """Positions to predict, `(batch_size, n)`; `height * width` where an image has fewer than n."""
         if self._blocks is None:
             raise ValueError("`set_partitions` must be called after `set_timesteps` and before the first step.")
-        if not 0 <= timestep < len(self._blocks):
-            raise ValueError(f"`timestep` must lie in [0, {len(self._blocks) - 1}], got {timestep}.")
+        if not isinstance(sample, torch.Tensor) or sample.shape != self._shape or sample.dtype != torch.int64:
+            got = f"{sample.dtype} of {tuple(sample.shape)}" if isinstance(sample, torch.Tensor) else repr(sample)
+            raise ValueError(
+                f"`sample` must be int64 of shape {tuple(self._shape)} as in `set_partitions`, got {got}."
+            )
         if not self.is_draft(timestep) or self.selection == "random":
             return self._blocks[timestep]
         # All that is still masked, in a number known beforehand: no shape depends on data.
@@ -265,7 +341,7 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
             sample (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map.
             timestep (`int` or scalar tensor): One of `timesteps`.
         """
-        timestep = int(timestep)
+        timestep = self._index(timestep)
         positions = self._positions(sample, timestep)
         codes = self._write(sample, positions, torch.full_like(sample[:, :1, :1], self.mask_token_id).flatten(1, 2))
         drawn = self._uniforms[self._phase(timestep)]  # (B, draws, N, D)
@@ -301,16 +377,30 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
             generator (`torch.Generator`, *optional*): Accepted for diffusers' sake; all is drawn in `set_partitions`.
             return_dict (`bool`, defaults to `True`): A [`DraftAndReviseSchedulerOutput`], or a tuple of its field.
         """
-        timestep = int(timestep)
-        stacks, log_probs = model_output
+        timestep = self._index(timestep)
         positions = self._positions(sample, timestep)
-        if stacks.shape != (*positions.shape, sample.shape[-1]) or log_probs.shape != positions.shape:
+        if not (
+            isinstance(model_output, (tuple, list))
+            and len(model_output) == 2
+            and all(isinstance(tensor, torch.Tensor) for tensor in model_output)
+        ):
+            raise ValueError(f"`model_output` must be a tuple of stacks and log-probabilities, got {model_output!r}.")
+        stacks, log_probs = model_output
+        if (
+            stacks.shape != (*positions.shape, sample.shape[-1])
+            or log_probs.shape != positions.shape
+            or stacks.dtype != sample.dtype
+            or not log_probs.is_floating_point()
+        ):
             raise ValueError(
-                f"`model_output` must hold stacks of shape {(*positions.shape, sample.shape[-1])} and log-probabilities of "
-                f"shape {tuple(positions.shape)}, got {tuple(stacks.shape)} and {tuple(log_probs.shape)}."
+                f"`model_output` must hold int64 stacks of shape {(*positions.shape, sample.shape[-1])} and floating-point "
+                f"log-probabilities of shape {tuple(positions.shape)}, got {stacks.dtype} of {tuple(stacks.shape)} and "
+                f"{log_probs.dtype} of {tuple(log_probs.shape)}."
             )
         if self.is_draft(timestep) and self.selection != "random":
-            keep = self._most_confident(log_probs, positions, timestep, num_positions=sample.shape[1] * sample.shape[2])
+            keep = self._most_confident(
+                log_probs, positions, timestep, num_positions=sample.shape[1] * sample.shape[2]
+            )
             positions = positions.masked_fill(~keep, sample.shape[1] * sample.shape[2])
         prev_sample = self._write(sample, positions, stacks)
         return DraftAndReviseSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
