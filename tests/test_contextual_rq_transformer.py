@@ -454,6 +454,12 @@ def test_a_uniform_number_picks_the_code_of_its_quantile(codebook_size, spread):
     )
 
 
+def test_a_boundary_belongs_to_the_code_above_it():
+    """Codes partition [0, 1) into intervals closed below; with 64 equal ones the boundaries are exact."""
+    codes, _ = sample_codes(torch.zeros(64, 64), torch.arange(64) / 64)
+    assert torch.equal(codes, torch.arange(64))
+
+
 @pytest.mark.parametrize("codebook_size", [50, 64, 1000])
 @pytest.mark.parametrize(
     "logits_of, arguments",
@@ -575,6 +581,36 @@ def bad_calls():
         ),
         ("class", dict(codes=codes, uniforms=uniforms[:1, :1], class_labels=ids), r"`uniforms` .* got \(1, 1, 3\)"),
         ("class", dict(codes=codes, uniforms=uniforms[..., :2], class_labels=ids), r"`uniforms` .* got \(2, 16, 2\)"),
+        ("class", dict(codes=codes, labels=codes, class_labels=ids), r"`labels` must lie in \[0, 49\], .* \[50, 50\]"),
+        ("class", dict(codes=codes + 1, labels=labels, class_labels=ids), r"`codes` must lie in \[0, 50\]"),
+        ("class", dict(codes=labels, labels=labels, class_labels=ids), "`codes` must have masked positions where"),
+        (
+            "class",
+            dict(codes=codes, labels=labels, class_labels=ids + 6),
+            r"`class_labels` must lie in \[0, 5\], .* \[6, 6\]",
+        ),
+        (
+            "text",
+            dict(codes=codes, labels=labels, input_ids=tokens - 1),
+            r"`input_ids` must lie in \[0, 14\], .* \[-1, -1\]",
+        ),
+        (
+            "class",
+            dict(codes=codes, labels=labels, class_labels=ids, positions=positions + 16),
+            r"`positions` .* \[0, 15\]",
+        ),
+        (
+            None,
+            dict(codes=codes, uniforms=uniforms, temperature=0.0),
+            "`temperature` must be a positive finite number",
+        ),
+        (None, dict(codes=codes, uniforms=uniforms, top_k=0), "`top_k` must be an integer of at least 1, got 0"),
+        (None, dict(codes=codes, uniforms=uniforms, top_p=1.5), r"`top_p` must lie in \(0, 1\], got 1.5"),
+        (
+            "class",
+            dict(codes=codes, uniforms=uniforms, prefix_key_values=prefix[:1]),
+            r"`prefix_key_values` must be .*\(2, 2, 2,",
+        ),
         ("class", dict(codes=codes, labels=labels, class_labels=ids.view(2, 1)), r"`class_labels` .* of \(2, 1\)"),
         ("class", dict(codes=codes, labels=labels, class_labels=ids.float()), "`class_labels` .* got torch.float32"),
         (
@@ -586,7 +622,7 @@ def bad_calls():
         (
             "class",
             dict(codes=codes, uniforms=uniforms, class_labels=ids, guidance_scale=2.0),
-            r"`class_labels` must have 4 rows \(twice the batch\), got 2",
+            r"`class_labels` must have 4 rows \(twice the batch.* got 2",
         ),
     ]
 

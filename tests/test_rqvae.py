@@ -314,6 +314,24 @@ def test_usage_and_perplexity_are_those_of_the_codes_of_the_batch():
         assert float(output.perplexity[depth]) == pytest.approx(math.exp(entropy), rel=1e-5)
 
 
+@variants
+def test_a_code_is_unused_by_its_share_of_the_batch(config):
+    """Twice the vectors, with twice the history behind them, restart the same codes."""
+    with seeded(0):
+        latents, shares = torch.randn(8, 16, 4, 4), torch.rand(50)
+    restarted = []
+    for times in (1, 2):
+        vae = tiny_vae(**config, restart_threshold=0.5)
+        quantizer = vae.quantizer
+        share = times * 128 / 50 * (vae.config.code_depth if len(quantizer.codebook) == 1 else 1)
+        quantizer.ema_counts.copy_(share * shares)
+        quantizer.ema_sums.copy_(quantizer.ema_counts.unsqueeze(-1) * quantizer.codebook[:, :-1])
+        output = vae.update_codebook([latents] * times)
+        restarted.append(torch.isclose(quantizer.ema_counts, torch.tensor(share)))
+        assert int(output.num_restarted) == restarted[-1].sum() > 10
+    assert torch.equal(*restarted)
+
+
 def train_codebook(restart_threshold: float) -> tuple[float, float, float]:
     """200 updates at batch 8 on a fixed mixture: share of the 512 codes restarted a step, and the quantization error
     on the batch just learned from and on fresh ones, means over the last 50 steps."""

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -264,17 +265,13 @@ def test_every_source_gives_the_same_images_and_captions(problem, tmp_path):
         ("data_files", {"dataset_name": None, "data_files": ["images.zip"]}),
         ("data_files", {"dataset_name": None, "data_files": ["a.csv", "b.json"]}),
         ("dataset_name", {"dataset_name": None}),
+        ("valid", {"split": "valid"}),
+        ("train[:0]", {"split": "train[:0]"}),
     ],
 )
 def test_data_that_cannot_be_had_are_refused_by_name(name, arguments, problem):
-    with pytest.raises(ValueError, match=f"`{name}`"):
+    with pytest.raises(ValueError, match=re.escape(name)):
         load_split(**{"split": "train", "dataset_name": str(problem / "data"), **arguments})
-
-
-def test_a_split_without_images_is_refused_by_name(problem, tmp_path):
-    load_split("train", dataset_name=str(problem / "data")).select([]).to_parquet(tmp_path / "empty.parquet")
-    with pytest.raises(ValueError, match="`split`.*'train'"):
-        load_split("train", data_files=[str(tmp_path / "empty.parquet")])
 
 
 # --------------------------------------------------------------------------------------------------------- the masks
@@ -497,6 +494,8 @@ from accelerate.state import AcceleratorState, GradientState
 from rq_draft_revise import RQVAEModel
 
 torch.set_num_threads(1)
+# One process group for all runs: a second one would find the addresses of the first in torchrun's store.
+leave, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda group=None: None
 folder, rank, books = sys.argv[1], os.environ["RANK"], []
 
 def run(script, flags):
@@ -513,6 +512,7 @@ RQVAEModel.update_codebook = recorded
 for name, flags in json.loads(open(f"{folder}/runs.json").read()):
     run({"train_rqvae": train_rqvae, "train_cc3m": train_cc3m}[name], flags)
 torch.save(books, f"{folder}/books-{rank}.pt")
+leave()
 """
 
 
@@ -602,7 +602,7 @@ def overfitted(problem, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("overfitted")
     vae, pipeline = folder / "vae", folder / "pipeline"
     common = dict(
-        train_split="train[:8]", train_batch_size=8, max_train_steps=150, lr_warmup_steps=5, ema_decay=0.9,
+        train_split="train[:8]", train_batch_size=8, max_train_steps=100, lr_warmup_steps=5, ema_decay=0.9,
         checkpointing_steps=10**6, validation_steps=10**6,
     )  # fmt: skip
     scratch = problem / "pipeline"
@@ -634,8 +634,8 @@ EXPECTED_KEYS = {
 def test_every_line_of_the_log_is_json_that_says_which_step_and_what_was_measured(overfitted, script):
     entries = [json.loads(line) for line in (overfitted[script] / "train_log.jsonl").read_text().splitlines()]
     training = [entry for entry in entries if entry["kind"] == "train"]
-    assert [entry["step"] for entry in training] == list(range(1, 151))
-    assert [entry["images"] for entry in training] == list(range(8, 8 * 151, 8))
+    assert [entry["step"] for entry in training] == list(range(1, 101))
+    assert [entry["images"] for entry in training] == list(range(8, 8 * 101, 8))
     assert [entry["seconds"] for entry in entries] == sorted(entry["seconds"] for entry in entries)
     for entry in entries:
         common = {"kind", "step", "images", "seconds"}
@@ -646,7 +646,7 @@ def test_every_line_of_the_log_is_json_that_says_which_step_and_what_was_measure
 
 
 @pytest.mark.parametrize("script, quantity, factor", [
-    ("train_rqvae", "mse", 0.2), ("train_cc3m", "image_loss", 0.5), ("train_cc3m", "text_loss", 0.2),
+    ("train_rqvae", "mse", 0.1), ("train_cc3m", "image_loss", 0.5), ("train_cc3m", "text_loss", 0.2),
 ])  # fmt: skip
 def test_the_loss_falls_on_eight_images(overfitted, script, quantity, factor):
     values = [entry[quantity] for entry in read_log(overfitted[script]) if entry["kind"] == "train"]
@@ -655,7 +655,7 @@ def test_the_loss_falls_on_eight_images(overfitted, script, quantity, factor):
 
 def test_held_back_images_are_not_what_was_learned(overfitted):
     validation = {e["split"]: e for e in read_log(overfitted["train_cc3m"]) if e["kind"] == "validation"}
-    assert validation["seen"]["image_loss"] < 0.7 * validation["test"]["image_loss"]
+    assert validation["seen"]["image_loss"] < 0.8 * validation["test"]["image_loss"]
     (entry,) = (e for e in read_log(overfitted["train_rqvae"]) if e["kind"] == "validation")
     assert entry["train_mse"] < entry["mse"] and entry["mse_gap"] == pytest.approx(entry["mse"] - entry["train_mse"])
 

@@ -1,4 +1,4 @@
-"""A tokenizer saved in a pipeline under transformers 5 is the same under 4.57, which knows its class by another name."""
+"""A tokenizer saved under transformers 5 is the same under 4.57, which knows its class by another name."""
 
 import json
 import subprocess
@@ -32,8 +32,8 @@ def test_a_saved_tokenizer_is_the_same_under_transformers_4(tmp_path):
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False)
     python = environment / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    # What differs is installed, without its dependencies: they come from this environment. Not diffusers: from 0.40 on it
-    # needs a huggingface_hub that 4.57 refuses, so that a pipeline meets 4.57 only through what it saved.
+    # What differs is installed, without its dependencies: they come from this environment. Not diffusers: from 0.40 on
+    # it needs a huggingface_hub that 4.57 refuses, so that a pipeline meets 4.57 only through what it saved.
     pinned = ["transformers==4.57.*", "huggingface_hub>=0.34,<1", "tokenizers>=0.22,<0.23"]
     pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
     install = [*pip, "install", "--quiet", "--no-deps", "--no-compile", "--retries", "1", "--timeout", "15", *pinned]

@@ -19,18 +19,26 @@ class SelfAttentionProcessor:
         past_key: torch.Tensor | None = None,
         past_value: torch.Tensor | None = None,
         is_causal: bool = False,
+        slot: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))  # (B, L, H, d/H)
-        if past_key is not None:
+        attn_mask = None
+        if slot is not None:
+            past_key.index_copy_(1, slot, key.to(past_key.dtype))
+            past_value.index_copy_(1, slot, value.to(past_value.dtype))
+            key, value = past_key.to(key.dtype), past_value.to(value.dtype)  # (B, P, H, d/H)
+            attn_mask = (torch.arange(key.shape[1], device=key.device) <= slot)[None, None, None]  # (1, 1, 1, P)
+        elif past_key is not None:
             key, value = torch.cat([past_key, key], dim=1), torch.cat([past_value, value], dim=1)  # (B, P+L, H, d/H)
         hidden_states = dispatch_attention_fn(
             query,
             key,
             value,
+            attn_mask=attn_mask,
             is_causal=is_causal,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
@@ -66,9 +74,10 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         past_key: torch.Tensor | None = None,
         past_value: torch.Tensor | None = None,
         is_causal: bool = False,
+        slot: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See [`TransformerBlock.forward`]."""
-        return self.processor(self, hidden_states, past_key, past_value, is_causal)
+        return self.processor(self, hidden_states, past_key, past_value, is_causal, slot)
 
 
 class TransformerBlock(nn.Module):
@@ -88,6 +97,7 @@ class TransformerBlock(nn.Module):
         past_key: torch.Tensor | None = None,
         past_value: torch.Tensor | None = None,
         is_causal: bool = False,
+        slot: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -95,11 +105,14 @@ class TransformerBlock(nn.Module):
             past_key, past_value (`torch.Tensor` of shape `(batch_size, past, heads, head_dim)`, *optional*): Keys and
                 values of what stands before `hidden_states`, which all of these positions attend to.
             is_causal (`bool`): Whether a position sees only itself and those before it; not together with a past.
+            slot (`torch.Tensor` of shape `(1,)`, int64, *optional*): The past is a cache of fixed size, and `length` is 1:
+                the new key and value are written into it, in place, at this index, and the slots up to it are attended to.
 
         Returns:
-            hidden states `(batch_size, length, dim)`, keys and values `(batch_size, past + length, heads, head_dim)`.
+            hidden states `(batch_size, length, dim)`, keys and values `(batch_size, past + length, heads, head_dim)`, or
+            those of the cache with a slot.
         """
-        attended, key, value = self.attn(self.norm1(hidden_states), past_key, past_value, is_causal)
+        attended, key, value = self.attn(self.norm1(hidden_states), past_key, past_value, is_causal, slot)
         hidden_states = hidden_states + attended
         hidden_states = hidden_states + self.dropout(self.ff(self.norm2(hidden_states)))
         return hidden_states, key, value
@@ -110,9 +123,9 @@ class TransformerBlock(nn.Module):
 class SpatialTransformerBlock(TransformerBlock):
     """Sees the h·w positions of an image and the condition before them."""
 
-    def forward(self, hidden_states, past_key=None, past_value=None, is_causal=False):
+    def forward(self, hidden_states, past_key=None, past_value=None, is_causal=False, slot=None):
         """See [`TransformerBlock.forward`]."""
-        return super().forward(hidden_states, past_key, past_value, is_causal)
+        return super().forward(hidden_states, past_key, past_value, is_causal, slot)
 
 
 class DepthTransformerBlock(TransformerBlock):

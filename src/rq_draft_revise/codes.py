@@ -7,7 +7,8 @@ def check_codes(codes: torch.Tensor, code_depth: int | None, codebook_size: int,
     """Refuse what is not a code map.
 
     A code map holds one stack of `code_depth` codes at each of `height * width` positions. A code lies in
-    `[0, codebook_size)`; a position that has not been drafted holds `mask_token_id = codebook_size` in its whole stack.
+    `[0, codebook_size)`; a position that has not been drafted holds `mask_token_id = codebook_size` in its whole
+    stack.
 
     Args:
         codes (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map.

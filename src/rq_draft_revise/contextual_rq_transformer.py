@@ -250,7 +250,8 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
             index, shape = self._positions_to_index(codes, positions)  # (M,), leading shape of the result
             if uniforms is not None and tuple(uniforms.shape) != (*shape, self.config.code_depth):
                 raise ValueError(
-                    f"`uniforms` must have shape {(*shape, self.config.code_depth)}, got {tuple(uniforms.shape)}."
+                    f"`uniforms` must have shape {(*shape, self.config.code_depth)}, as `positions` or the mask ask for, "
+                    f"got {tuple(uniforms.shape)}."
                 )
         prefix_states = None
         if class_labels is not None or input_ids is not None:
@@ -348,11 +349,11 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         self, codes, positions, uniforms, class_labels, input_ids, labels, prefix_key_values, guidance_scale
     ) -> None:
         """Types, shapes and combinations."""
-        tensors = dict(codes=codes, positions=positions, uniforms=uniforms, labels=labels)
-        for name, value in (tensors | dict(class_labels=class_labels, input_ids=input_ids, prefix_key_values=prefix_key_values)).items():
+        conditions = dict(class_labels=class_labels, input_ids=input_ids, prefix_key_values=prefix_key_values)
+        tensors = dict(codes=codes, positions=positions, uniforms=uniforms, labels=labels, **conditions)
+        for name, value in tensors.items():
             if value is not None and not isinstance(value, torch.Tensor):
                 raise ValueError(f"`{name}` must be a torch.Tensor or None, got {type(value).__name__}.")
-        conditions = dict(class_labels=class_labels, input_ids=input_ids, prefix_key_values=prefix_key_values)
         given = [name for name, value in conditions.items() if value is not None]
         allowed = {
             0: [],
@@ -428,9 +429,8 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         if codes is not None and allowed:
             size = prefix_key_values.shape[2] if prefix_key_values is not None else conditions[given[0]].shape[0]
             if size != rows:
-                raise ValueError(
-                    f"`{given[0]}` must have {rows} rows ({'twice ' if rows != batch_size else ''}the batch), got {size}."
-                )
+                reason = "twice the batch, for `guidance_scale`" if guidance_scale is not None else "the batch"
+                raise ValueError(f"`{given[0]}` must have {rows} rows ({reason}), got {size}.")
 
     def _check_values(self, codes, positions, class_labels, input_ids, labels) -> None:
         """Ranges of what can be read without waiting for a device."""
@@ -458,7 +458,9 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
             if not isinstance(value, torch.Tensor):
                 continue
             if value.numel() != 1 or not value.is_floating_point():
-                raise ValueError(f"`{name}` must be a number or a scalar tensor, got {value.dtype} of {tuple(value.shape)}.")
+                raise ValueError(
+                    f"`{name}` must be a number or a scalar tensor, got {value.dtype} of {tuple(value.shape)}."
+                )
             if _is_readable(value):
                 numbers[name] = float(value)
             else:

@@ -52,7 +52,7 @@ def load_split(
         The `datasets.Dataset`; its rows hold a PIL image in `image_column`.
 
     Raises:
-        `ValueError`: no source, files of an unknown kind, an unknown split or column, or a split without images.
+        `ValueError`: no source, files of an unknown kind, an unknown column, an unknown or empty split.
     """
     from datasets import Image as ImageFeature
     from datasets import load_dataset
@@ -72,8 +72,6 @@ def load_split(
     for name, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column is not None and column not in dataset.column_names:
             raise ValueError(f"`{name}` must be one of {dataset.column_names}, got {column!r}.")
-    if len(dataset) == 0:
-        raise ValueError(f"`split` must be one with images, got {split!r}, which has none.")
     if not isinstance(dataset.features[image_column], ImageFeature):
         dataset = dataset.cast_column(image_column, ImageFeature())
     return dataset

@@ -19,6 +19,7 @@ def filter_logits(logits: torch.Tensor, top_k: int | None, top_p: float | None) 
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities  # mass of all more probable codes
+        top_p = max(top_p, torch.finfo(before.dtype).tiny)  # less may round to 0, which drops the most probable too
         drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
         logits = logits.masked_fill(drop, -torch.inf)
     return logits
@@ -81,7 +82,8 @@ class DepthTransformer(nn.Module):
     r"""Causal transformer over the codes of one stack, with the code head that all depths share.
 
     Inputs are `v_1 = PE_D(1) + h_n` and `v_d = PE_D(d) + P'(Σ_{d'<d} e(S_nd'))`; the head is LayerNorm and Linear(d→K).
-    With D = 1 there is no P'. Positions are independent of each other given their contexts, so they form the batch.
+    With D = 1 there is no P', and without blocks no PE_D either: that is the head of VQ-GAN's transformer. Positions are
+    independent of each other given their contexts, so they form the batch.
     """
 
     def __init__(
@@ -96,7 +98,9 @@ class DepthTransformer(nn.Module):
     ):
         super().__init__()
         self.code_depth = code_depth
-        self.position_embedding = nn.Parameter(torch.empty(code_depth, dim))
+        self.position_embedding = None
+        if code_depth > 1 or num_layers > 0:
+            self.position_embedding = nn.Parameter(torch.empty(code_depth, dim))
         self.input_projection = nn.Linear(codebook_dim, dim) if code_depth > 1 else None
         self.blocks = nn.ModuleList(DepthTransformerBlock(dim, head_dim, dropout) for _ in range(num_layers))
         self.norm_out = nn.LayerNorm(dim)
@@ -111,8 +115,8 @@ class DepthTransformer(nn.Module):
         uniforms: torch.Tensor | None = None,
         guidance_scale: torch.Tensor | float | None = None,
         temperature: torch.Tensor | float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        top_k: int | list[int] | None = None,
+        top_p: float | list[float] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Teacher forcing when `stacks` is given, sampling when `uniforms` is.
 
@@ -122,7 +126,8 @@ class DepthTransformer(nn.Module):
             codebook (`torch.Tensor` of shape `(num_codebooks, codebook_size + 1, codebook_dim)`).
             stacks (`torch.Tensor` of shape `(M, D)`, int64): The true codes.
             uniforms (`torch.Tensor` of shape `(M, D)`): One number in `[0, 1)` a code.
-            guidance_scale, temperature, top_k, top_p: See [`ContextualRQTransformerModel.forward`].
+            guidance_scale, temperature, top_k, top_p: See [`ContextualRQTransformerModel.forward`]. The last two may be
+                lists of D, one number a depth.
 
         Returns:
             logits `(M, D, codebook_size)`, or stacks `(M, D)` int64 and their log-probabilities `(M, D)` float32.
@@ -136,7 +141,8 @@ class DepthTransformer(nn.Module):
         if self.code_depth > 1:
             partial_sums = embed_codes(codebook, stacks)[:, :-1].cumsum(dim=1)  # (M, D-1, C)
             hidden_states = torch.cat([hidden_states, self.input_projection(partial_sums)], dim=1)  # (M, D, d)
-        hidden_states = hidden_states + self.position_embedding
+        if self.position_embedding is not None:
+            hidden_states = hidden_states + self.position_embedding
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states, _, _ = self._gradient_checkpointing_func(block, hidden_states, None, None, True)
@@ -149,14 +155,17 @@ class DepthTransformer(nn.Module):
         hidden_states, partial_sum = context, 0.0
         stacks, log_probs = [], []
         for depth in range(self.code_depth):
-            hidden_states = (hidden_states + self.position_embedding[depth]).unsqueeze(1)  # (M, 1, d)
+            if self.position_embedding is not None:
+                hidden_states = hidden_states + self.position_embedding[depth]
+            hidden_states = hidden_states.unsqueeze(1)  # (M, 1, d)
             for i, block in enumerate(self.blocks):
                 hidden_states, *past[i] = block(hidden_states, *past[i])
             logits = self.head(self.norm_out(hidden_states.squeeze(1)))  # (M, K)
             if guidance_scale is not None:
                 conditional, unconditional = logits.float().chunk(2)
                 logits = unconditional + guidance_scale * (conditional - unconditional)
-            codes, log_prob = sample_codes(logits, uniforms[:, depth], temperature, top_k, top_p)
+            k, p = (value[depth] if isinstance(value, (list, tuple)) else value for value in (top_k, top_p))
+            codes, log_prob = sample_codes(logits, uniforms[:, depth], temperature, k, p)
             stacks.append(codes)
             log_probs.append(log_prob)
             if depth + 1 < self.code_depth:

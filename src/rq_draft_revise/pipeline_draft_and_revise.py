@@ -17,6 +17,7 @@ from .contextual_rq_transformer import ContextualRQTransformerModel
 from .rqvae import RQVAEModel
 from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_generator, check_sampling
 
+
 logger = logging.get_logger(__name__)
 
 
@@ -65,7 +66,7 @@ class DraftAndRevisePipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance of the revise phase; may be changed by a callback between steps, as may [`draft_guidance_scale`]."""
+        """Guidance of the revise phase; a callback may change it between steps, as it may [`draft_guidance_scale`]."""
         return self._guidance_scale
 
     @property
@@ -98,7 +99,8 @@ class DraftAndRevisePipeline(DiffusionPipeline):
             raise ValueError(f"`{argument}` must be a name or a list of names, got {label!r}.")
         if self.config.id2label is None:
             raise ValueError(
-                f"`{argument}` by name needs a pipeline with `id2label`, and this one has none: give class ids, got {label!r}."
+                f"`{argument}` by name needs a pipeline with `id2label`, and this one has none: give class ids, got "
+                f"{label!r}."
             )
         ids = {
             name.strip().lower(): int(i)
@@ -220,14 +222,14 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         to_draft = self._positions_to_draft(latents)
         if num_inference_steps is not None and not min(1, to_draft) <= num_inference_steps <= to_draft:
             raise ValueError(
-                f"`num_inference_steps` must lie in [{min(1, to_draft)}, {to_draft}], as there are {to_draft} positions to "
-                f"draft, got {num_inference_steps}."
+                f"`num_inference_steps` must lie in [{min(1, to_draft)}, {to_draft}], as there are {to_draft} positions "
+                f"to draft, got {num_inference_steps}."
             )
         num_positions = self.transformer.num_positions
         if num_revise_steps is not None and num_revise_steps > num_positions:
             raise ValueError(
-                f"`num_revise_steps` must lie in [1, {num_positions}], as there are {num_positions} positions to revise, "
-                f"got {num_revise_steps}."
+                f"`num_revise_steps` must lie in [1, {num_positions}], as there are {num_positions} positions to "
+                f"revise, got {num_revise_steps}."
             )
 
     def _positions_to_draft(self, latents: torch.Tensor | None) -> int:
@@ -281,12 +283,13 @@ class DraftAndRevisePipeline(DiffusionPipeline):
 
         Args:
             prompt, class_labels, num_images_per_prompt, negative_prompt: As in [`__call__`].
-            do_classifier_free_guidance (`bool`, defaults to `False`): Append the null conditions, or the negative prompts.
+            do_classifier_free_guidance (`bool`, defaults to `False`): Append the null conditions, or the negative
+                prompts.
             device (`torch.device`, *optional*): By default where the pipeline executes.
 
         Returns:
-            `torch.Tensor` of shape `(num_spatial_layers, 2, rows, prefix_length, heads, head_dim)` with one row an image,
-            or two with guidance (all conditions first); `None` for an unconditional model.
+            `torch.Tensor` of shape `(num_spatial_layers, 2, rows, prefix_length, heads, head_dim)` with one row an
+            image, or two with guidance (all conditions first); `None` for an unconditional model.
         """
         device = device or self._execution_device
         name = "class_labels" if class_labels is not None else "input_ids"
@@ -311,10 +314,11 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         ids = self.tokenizer(
             prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
-        if int(ids.max()) >= self.transformer.config.text_vocab_size:
+        largest, known = int(ids.max()), self.transformer.config.text_vocab_size
+        if largest >= known:
             raise ValueError(
-                f"`prompt` has token {int(ids.max())}, but the transformer knows only {self.transformer.config.text_vocab_size}:"
-                f" is `tokenizer` the one it was trained with? Got {prompt!r}."
+                f"`prompt` has token {largest}, but the transformer knows only {known}: is `tokenizer` the one it was "
+                f"trained with? Got {prompt!r}."
             )
         for text, full in zip(prompt, self.tokenizer(prompt).input_ids, strict=True):
             if len(full) > length:
@@ -393,22 +397,23 @@ class DraftAndRevisePipeline(DiffusionPipeline):
                 `latents` leave nothing to draft.
             num_revise_steps (`int`, *optional*): Steps of one revision, T_revise, in `[1, positions]`.
             num_revisions (`int`, *optional*): Revisions, M; 0 returns the draft.
-            guidance_scale (`float`, *optional*): Classifier-free guidance of the revise phase, at least 0; 1 means none and
-                costs no second forward.
+            guidance_scale (`float`, *optional*): Classifier-free guidance of the revise phase, at least 0; 1 means
+                none and costs no second forward.
             temperature (`float`, *optional*): Temperature of the revise phase, positive.
-            draft_guidance_scale (`float`, *optional*), draft_temperature (`float`, *optional*): The same for the draft.
+            draft_guidance_scale (`float`, *optional*), draft_temperature (`float`, *optional*): The same for the
+                draft.
             negative_prompt (`str` or `list[str]`, *optional*): Guides away from this instead of from the null text.
             selection (`str`, *optional*): `"random"`, `"top-c"` or `"top-c-50%"`: see [`DraftAndReviseScheduler`].
             top_k (`int`, *optional*), top_p (`float` in (0, 1], *optional*): Sample among the most probable codes.
-            generator (`torch.Generator` or a list of one an image, *optional*): With a list, an image depends on its own
-                generator alone, whatever its batch (exactly in float32 on the CPU, but for ties; half precision rounds
-                differently in different batches).
-            latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): Codes to start
-                from. Only masked stacks are drafted; without any the call only revises.
+            generator (`torch.Generator` or a list of one an image, *optional*): With a list, an image depends on its
+                own generator alone, whatever its batch (exactly in float32 on the CPU, but for ties; half precision
+                rounds differently in different batches).
+            latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): Codes to
+                start from. Only masked stacks are drafted; without any the call only revises.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the codes.
             return_dict (`bool`, defaults to `True`): An `ImagePipelineOutput` with `images`, or a tuple of them.
-            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, callback_kwargs)` after
-                each step; may return a dictionary with new `latents`.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, callback_kwargs)`
+                after each step; may return a dictionary with new `latents`.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): What `callback_kwargs` holds.
 
         Raises:
@@ -514,12 +519,14 @@ def check_same_codebook(vae: RQVAEModel, transformer: ContextualRQTransformerMod
         )
     if ours.shape != theirs.shape:
         raise ValueError(
-            f"`vae` and `transformer` must have the same codebook, got shapes {tuple(ours.shape)} and {tuple(theirs.shape)}."
+            f"`vae` and `transformer` must have the same codebook, got shapes {tuple(ours.shape)} and "
+            f"{tuple(theirs.shape)}."
         )
     if ours.is_meta or theirs.is_meta:
         return
-    # A cast to half precision and back leaves its rounding behind, 2⁻⁸ in bfloat16, and may hit one of the two only: the
-    # RQ-VAE's is loaded in float32 whatever the dtype. Codebooks of two trainings differ by as much as their vectors.
+    # A cast to half precision and back leaves its rounding behind, 2⁻⁸ in bfloat16, and may hit one of the two only:
+    # the RQ-VAE's is loaded in float32 whatever the dtype. Codebooks of two trainings differ by as much as their
+    # vectors.
     if not torch.allclose(ours.cpu().float(), theirs.cpu().float(), rtol=2**-7, atol=2**-24):
         raise ValueError(
             "`vae` and `transformer` must have the same codebook, got different values. A transformer takes over its "
@@ -531,9 +538,9 @@ def check_same_codebook(vae: RQVAEModel, transformer: ContextualRQTransformerMod
 def _float32_weights(vae: RQVAEModel):
     """Within, a float16 RQ-VAE with `force_upcast` has float32 weights; afterwards its own again, bit for bit.
 
-    float16 ends at 65504, which a decoder's activations can pass. `vae.to(float32)` and back would not do: the second cast
-    takes along what is kept in float32, the codebook. Hooks that themselves cast or move weights one by one (layerwise
-    casting, group offloading) hold on to the tensors they know, so there the decoder stays in float16.
+    float16 ends at 65504, which a decoder's activations can pass. `vae.to(float32)` and back would not do: the second
+    cast takes along what is kept in float32, the codebook. Hooks that themselves cast or move weights one by one
+    (layerwise casting, group offloading) hold on to the tensors they know, so there the decoder stays in float16.
     """
     dtypes = {parameter.dtype for parameter in vae.parameters()}
     if dtypes != {torch.float16} or not vae.config.force_upcast or _is_group_offload_enabled(vae):

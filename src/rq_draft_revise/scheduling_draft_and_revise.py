@@ -31,8 +31,8 @@ class StepInput(BaseOutput):
     """What the transformer is asked in one step; output of [`DraftAndReviseScheduler.get_step_input`].
 
     Args:
-        codes (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map as the transformer
-            sees it: the positions to predict are masked.
+        codes (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map as the
+            transformer sees it: the positions to predict are masked.
         positions (`torch.Tensor` of shape `(batch_size, n)`, int64): Row-major positions to predict. Images that have
             fewer than others in this step repeat a position; `step` ignores what is predicted there.
         uniforms (`torch.Tensor` of shape `(batch_size, n, code_depth)`, float32): In `[0, 1)`, one number a code.
@@ -60,7 +60,8 @@ def check_sampling(
         # the models divide by it in float32, whose smallest numbers some devices take for 0
         if not _is_finite(value) or value < torch.finfo(torch.float32).tiny:
             raise ValueError(
-                f"`{name}` must be a positive finite number, got {value!r}. For the most probable codes take `top_k=1`."
+                f"`{name}` must be a positive finite number, got {value!r}. For the most probable codes take "
+                "`top_k=1`."
             )
     if not isinstance(selection, str) or selection not in SELECTIONS:
         raise ValueError(f"`selection` must be one of {SELECTIONS}, got {selection!r}.")
@@ -95,14 +96,15 @@ def _block_sizes(num_positions: int, num_steps: int) -> list[int]:
 
 
 class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
-    r"""Draft-and-Revise sampling (sections 3.3 and 3.4): first every position is drafted once, block by block; then the
-    whole image is revised `num_revisions` times, each time along a fresh partition into `num_revise_steps` blocks, where
-    only the block at hand is masked and predicted anew from everything else.
+    r"""Draft-and-Revise sampling (sections 3.3 and 3.4): first every position is drafted once, block by block; then
+    the whole image is revised `num_revisions` times, each time along a fresh partition into `num_revise_steps` blocks,
+    where only the block at hand is masked and predicted anew from everything else.
 
-    All that is random is drawn in [`set_partitions`], image by image from its own generator, so that a step is a function
-    of its inputs, reads nothing back from the device, and an image does not depend on its batch.
+    All that is random is drawn in [`set_partitions`], image by image from its own generator, so that a step is a
+    function of its inputs, reads nothing back from the device, and an image does not depend on its batch.
 
-    The arguments are the defaults that a pipeline saves with its models; each is an argument of the pipeline's call too.
+    The arguments are the defaults that a pipeline saves with its models; each is an argument of the pipeline's call
+    too.
 
     Args:
         num_inference_steps (`int`, defaults to 64): Steps of the draft, T_draft.
@@ -112,10 +114,10 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
         temperature (`float`, defaults to 0.8): Temperature while revising.
         draft_guidance_scale (`float`, defaults to 1.0): Classifier-free guidance while drafting.
         draft_temperature (`float`, defaults to 1.0): Temperature while drafting.
-        selection (`str`, defaults to `"random"`): Which predictions a draft step keeps (supplement C). `"random"`: a block
-            of a random partition, and only that block is predicted. `"top-c"`: all undrafted positions are predicted,
-            and the most confident kept. `"top-c-50%"`: of those, the less confident half is dropped and the block chosen
-            uniformly from the rest. Confidence is the log-probability of the stack.
+        selection (`str`, defaults to `"random"`): Which predictions a draft step keeps (supplement C). `"random"`: a
+            block of a random partition, and only that block is predicted. `"top-c"`: all undrafted positions are
+            predicted, and the most confident kept. `"top-c-50%"`: of those, the less confident half is dropped and the
+            block chosen uniformly from the rest. Confidence is the log-probability of the stack.
         top_k (`int`, *optional*), top_p (`float`, *optional*): Sample among the most probable codes of each depth.
     """
 
@@ -151,13 +153,13 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
         """Lay out a run: `timesteps` counts from 0 through the draft and then through each revision.
 
         Args:
-            num_inference_steps (`int`, *optional*): Steps of the draft, 0 or more; `None` takes the saved default, here
-                as below.
+            num_inference_steps (`int`, *optional*): Steps of the draft, 0 or more; `None` takes the saved default,
+                here as below.
             num_revise_steps (`int`, *optional*): Steps of one revision, 1 or more.
             num_revisions (`int`, *optional*): Revisions, 0 or more.
             selection (`str`, *optional*): One of `"random"`, `"top-c"`, `"top-c-50%"`.
-            device (`torch.device`, *optional*): Accepted for diffusers' sake. `timesteps` stay on the CPU, where reading
-                them costs no wait for the device.
+            device (`torch.device`, *optional*): Accepted for diffusers' sake. `timesteps` stay on the CPU, where
+                reading them costs no wait for the device.
 
         Raises:
             `ValueError`: a number that is no integer or too small, or an unknown selection.
@@ -185,7 +187,7 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
         self._blocks = None
 
     def is_draft(self, timestep: int | torch.Tensor) -> bool:
-        """Whether a timestep belongs to the draft rather than to a revision."""
+        """Whether a timestep, an `int` or a scalar tensor, belongs to the draft rather than to a revision."""
         return self._index(timestep) < self.num_inference_steps
 
     def _index(self, timestep: int | torch.Tensor) -> int:
@@ -207,18 +209,18 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
         """Draw the partitions and the uniform numbers of the whole run.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map to start from;
-                its masked positions are drafted.
+            sample (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map to start
+                from; its masked positions are drafted.
             mask_token_id (`int`): The code of a masked position.
-            generator (`torch.Generator` or a list of one an image, *optional*): The source of the numbers. One generator
-                serves the images in their order.
+            generator (`torch.Generator` or a list of one an image, *optional*): The source of the numbers. One
+                generator serves the images in their order.
             region (`torch.Tensor` of shape `(batch_size, height, width)`, bool, *optional*): The positions that are
                 revised; all by default.
 
         Raises:
             `ValueError`: a sample that is no code map; fewer steps than are needed to draft (0), or more steps than
-                positions; a list of generators of the wrong length; a region of the wrong shape, or one that leaves out a
-                masked position.
+                positions; a list of generators of the wrong length; a region of the wrong shape, or one that leaves
+                out a masked position.
         """
         if not _is_integer(mask_token_id) or mask_token_id < 1:
             raise ValueError(f"`mask_token_id` must be an integer of at least 1, got {mask_token_id!r}.")
@@ -277,8 +279,8 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
     def _draw_image(self, masked, region, code_depth, generator):
         """Everything random of one image, phase by phase, so that a draft does not depend on the revisions after it.
 
-        An ordering of the positions by random keys, cut into blocks, is a uniformly random partition. Keys are drawn for
-        all positions, so that a region covering the whole image gives what no region gives.
+        An ordering of the positions by random keys, cut into blocks, is a uniformly random partition. Keys are drawn
+        for all positions, so that a region covering the whole image gives what no region gives.
         """
         num_positions, draft_steps = masked.shape[0], self.num_inference_steps
         device = generator.device if generator is not None else "cpu"
@@ -303,7 +305,7 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
 
     @staticmethod
     def _cut(keys, positions, num_steps) -> list[torch.Tensor]:
-        """Positions in the order of their keys, in `num_steps` balanced blocks; too few positions leave blocks empty."""
+        """Positions in the order of their keys, in balanced blocks; too few positions leave the last ones empty."""
         if keys is None or num_steps == 0:
             return [torch.zeros(0, dtype=torch.int64)] * num_steps
         order = keys.masked_fill(~positions, torch.inf).argsort()[: int(positions.sum())]
@@ -371,11 +373,16 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output (`tuple` of `torch.Tensor`): Stacks `(batch_size, n, code_depth)` int64 and their
-                log-probabilities `(batch_size, n)`, predicted for [`get_step_input`] of the same `sample` and `timestep`.
+                log-probabilities `(batch_size, n)`, predicted for [`get_step_input`] of the same `sample` and
+                `timestep`.
             timestep (`int` or scalar tensor): One of `timesteps`.
             sample (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map before.
             generator (`torch.Generator`, *optional*): Accepted for diffusers' sake; all is drawn in `set_partitions`.
             return_dict (`bool`, defaults to `True`): A [`DraftAndReviseSchedulerOutput`], or a tuple of its field.
+
+        Raises:
+            `ValueError`: no partitions, a timestep that is none of `timesteps`, a sample or a model output of another
+                dtype or shape than this step asks for.
         """
         timestep = self._index(timestep)
         positions = self._positions(sample, timestep)
@@ -393,9 +400,9 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
             or not log_probs.is_floating_point()
         ):
             raise ValueError(
-                f"`model_output` must hold int64 stacks of shape {(*positions.shape, sample.shape[-1])} and floating-point "
-                f"log-probabilities of shape {tuple(positions.shape)}, got {stacks.dtype} of {tuple(stacks.shape)} and "
-                f"{log_probs.dtype} of {tuple(log_probs.shape)}."
+                f"`model_output` must hold int64 stacks of shape {(*positions.shape, sample.shape[-1])} and "
+                f"floating-point log-probabilities of shape {tuple(positions.shape)}, got {stacks.dtype} of "
+                f"{tuple(stacks.shape)} and {log_probs.dtype} of {tuple(log_probs.shape)}."
             )
         if self.is_draft(timestep) and self.selection != "random":
             keep = self._most_confident(
