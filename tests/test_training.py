@@ -17,6 +17,7 @@ import train_cc3m
 import train_rqvae
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import GeneralTracker
 from components import WORDS, tiny_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -372,6 +373,24 @@ def test_a_resumed_log_has_every_step_once(tmp_path):
     assert [(entry["step"], entry["run"]) for entry in read_log(tmp_path)] == [(1, 1), (2, 1), (3, 2)]
     TrainingLog(accelerator, tmp_path, 0).close()  # a new run is a new log
     assert read_log(tmp_path) == []
+
+
+def test_trackers_get_every_number_of_an_entry_a_list_place_by_place(tmp_path):
+    class Recorder(GeneralTracker):
+        name, requires_logging_directory, tracker, entries = "recorder", False, None, []
+
+        def __init__(self):
+            super().__init__()
+
+        def log(self, values, step=None):
+            self.entries.append((step, values))
+
+    accelerator = Accelerator(log_with=[recorder := Recorder()])
+    accelerator.init_trackers("run")
+    log = TrainingLog(accelerator, tmp_path, 0)
+    log.write({"kind": "train", "step": 7, "loss": 0.5, "usage": [0.25, 1.0]}, "step 7")
+    log.close()
+    assert recorder.entries == [(7, {"step": 7, "loss": 0.5, "usage/0": 0.25, "usage/1": 1.0})]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -105,12 +105,13 @@ class TransformerBlock(nn.Module):
             past_key, past_value (`torch.Tensor` of shape `(batch_size, past, heads, head_dim)`, *optional*): Keys and
                 values of what stands before `hidden_states`, which all of these positions attend to.
             is_causal (`bool`): Whether a position sees only itself and those before it; not together with a past.
-            slot (`torch.Tensor` of shape `(1,)`, int64, *optional*): The past is a cache of fixed size, and `length` is 1:
-                the new key and value are written into it, in place, at this index, and the slots up to it are attended to.
+            slot (`torch.Tensor` of shape `(1,)`, int64, *optional*): The past is a cache of fixed size, and `length`
+                is 1: the new key and value are written into it, in place, at this index, and the slots up to it are
+                attended to.
 
         Returns:
-            hidden states `(batch_size, length, dim)`, keys and values `(batch_size, past + length, heads, head_dim)`, or
-            those of the cache with a slot.
+            hidden states `(batch_size, length, dim)`, keys and values `(batch_size, past + length, heads, head_dim)`,
+            or those of the cache with a slot.
         """
         attended, key, value = self.attn(self.norm1(hidden_states), past_key, past_value, is_causal, slot)
         hidden_states = hidden_states + attended

@@ -57,3 +57,19 @@ def embed_codes(codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     if codebook.shape[0] == 1:
         return codebook[0][codes]
     return codebook[torch.arange(codes.shape[-1], device=codes.device), codes]
+
+
+def project_codes(projection: torch.nn.Linear, codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """How a stack enters a transformer: the sum over depths of its projected vectors.
+
+    `Σ_d P(e_d) = D · P(mean_d e_d)`, as P is affine, at a D-th of the work.
+
+    Args:
+        projection (`torch.nn.Linear`): P, from the codebook's width to the transformer's.
+        codebook (`torch.Tensor` of shape `(num_codebooks, codebook_size + 1, dim)`).
+        codes (`torch.Tensor` of shape `(..., D)`, int64): Stacks, all depths.
+
+    Returns:
+        `torch.Tensor` of shape `(..., projection.out_features)`.
+    """
+    return codes.shape[-1] * projection(embed_codes(codebook, codes).mean(dim=-2))

@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from .attention import SpatialTransformerBlock
-from .codes import check_codes, embed_codes
+from .codes import check_codes, project_codes
 from .depth_transformer import DepthTransformer
 from .scheduling_draft_and_revise import check_sampling
 
@@ -245,7 +245,7 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         """
         self._check_inputs(codes, positions, uniforms, class_labels, input_ids, labels, prefix_key_values, guidance_scale)
         self._check_values(codes, positions, class_labels, input_ids, labels)
-        self._check_sampling(guidance_scale, temperature, top_k, top_p)
+        check_step_sampling(guidance_scale, temperature, top_k, top_p)
         if codes is not None:
             index, shape = self._positions_to_index(codes, positions)  # (M,), leading shape of the result
             if uniforms is not None and tuple(uniforms.shape) != (*shape, self.config.code_depth):
@@ -307,10 +307,7 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         """Code map `(B, h, w, D)` -> context `(B, N, d)`, or `(2B, N, d)` when guided."""
         codes = codes.flatten(1, 2)  # (B, N, D)
         masked = (codes[..., :1] == self.mask_token_id)  # (B, N, 1)
-        # P is affine and applied at each depth: Σ_d P(e_d) = D · P(mean_d e_d), at a D-th of the work.
-        vectors = embed_codes(self.codebook, codes).mean(dim=-2)  # (B, N, C)
-        depth = self.config.code_depth
-        known = depth * self.input_projection(vectors)  # (B, N, d)
+        known = project_codes(self.input_projection, self.codebook, codes)  # (B, N, d)
         hidden_states = torch.where(masked, self.input_projection(self.mask_embedding), known) + self.position_embedding
         if guided:
             hidden_states = torch.cat([hidden_states, hidden_states])  # (2B, N, d)
@@ -447,25 +444,26 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
                 if low < 0 or high > largest:
                     raise ValueError(f"`{name}` must lie in [0, {largest}], got values in [{low}, {high}].")
 
-    def _check_sampling(self, guidance_scale, temperature, top_k, top_p) -> None:
-        """Numbers of the sampling; of scalar tensors only those that can be read without waiting for a device."""
-        if torch.compiler.is_compiling():
-            return
-        numbers = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
-        if guidance_scale is None:
-            del numbers["guidance_scale"]
-        for name, value in list(numbers.items()):
-            if not isinstance(value, torch.Tensor):
-                continue
-            if value.numel() != 1 or not value.is_floating_point():
-                raise ValueError(
-                    f"`{name}` must be a number or a scalar tensor, got {value.dtype} of {tuple(value.shape)}."
-                )
-            if _is_readable(value):
-                numbers[name] = float(value)
-            else:
-                del numbers[name]
-        check_sampling(**numbers)
+
+def check_step_sampling(guidance_scale, temperature, top_k, top_p) -> None:
+    """Numbers of a sampling step; of scalar tensors only those that can be read without waiting for a device."""
+    if torch.compiler.is_compiling():
+        return
+    numbers = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+    if guidance_scale is None:
+        del numbers["guidance_scale"]
+    for name, value in list(numbers.items()):
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"`{name}` must be a number or a scalar tensor, got {value.dtype} of {tuple(value.shape)}."
+            )
+        if _is_readable(value):
+            numbers[name] = float(value)
+        else:
+            del numbers[name]
+    check_sampling(**numbers)
 
 
 def _is_readable(value: torch.Tensor) -> bool:

@@ -48,8 +48,8 @@ def sample_codes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample by inverting the cumulative distribution: one uniform number decides one code.
 
-    The cumulative sum goes over ~√K groups first and then inside the one group that was hit: it reads the probabilities
-    once, rounds less than one sum over K terms would, and needs no noise of size K. All in float32.
+    The cumulative sum goes over ~√K groups first and then inside the one group that was hit: it reads the
+    probabilities once, rounds less than one sum over K terms would, and needs no noise of size K. All in float32.
 
     Args:
         logits (`torch.Tensor` of shape `(M, codebook_size)`).
@@ -81,9 +81,9 @@ def sample_codes(
 class DepthTransformer(nn.Module):
     r"""Causal transformer over the codes of one stack, with the code head that all depths share.
 
-    Inputs are `v_1 = PE_D(1) + h_n` and `v_d = PE_D(d) + P'(Σ_{d'<d} e(S_nd'))`; the head is LayerNorm and Linear(d→K).
-    With D = 1 there is no P', and without blocks no PE_D either: that is the head of VQ-GAN's transformer. Positions are
-    independent of each other given their contexts, so they form the batch.
+    Inputs are `v_1 = PE_D(1) + h_n` and `v_d = PE_D(d) + P'(Σ_{d'<d} e(S_nd'))`; the head is LayerNorm and
+    Linear(d→K). With D = 1 there is no P', and without blocks no PE_D either: that is the head of VQ-GAN's
+    transformer. Positions are independent of each other given their contexts, so they form the batch.
     """
 
     def __init__(
@@ -126,8 +126,8 @@ class DepthTransformer(nn.Module):
             codebook (`torch.Tensor` of shape `(num_codebooks, codebook_size + 1, codebook_dim)`).
             stacks (`torch.Tensor` of shape `(M, D)`, int64): The true codes.
             uniforms (`torch.Tensor` of shape `(M, D)`): One number in `[0, 1)` a code.
-            guidance_scale, temperature, top_k, top_p: See [`ContextualRQTransformerModel.forward`]. The last two may be
-                lists of D, one number a depth.
+            guidance_scale, temperature, top_k, top_p: See [`ContextualRQTransformerModel.forward`]. Here the last two
+                may be lists of D, one number a depth.
 
         Returns:
             logits `(M, D, codebook_size)`, or stacks `(M, D)` int64 and their log-probabilities `(M, D)` float32.

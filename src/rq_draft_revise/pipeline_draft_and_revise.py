@@ -222,8 +222,8 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         to_draft = self._positions_to_draft(latents)
         if num_inference_steps is not None and not min(1, to_draft) <= num_inference_steps <= to_draft:
             raise ValueError(
-                f"`num_inference_steps` must lie in [{min(1, to_draft)}, {to_draft}], as there are {to_draft} positions "
-                f"to draft, got {num_inference_steps}."
+                f"`num_inference_steps` must lie in [{min(1, to_draft)}, {to_draft}], as there are {to_draft} "
+                f"positions to draft, got {num_inference_steps}."
             )
         num_positions = self.transformer.num_positions
         if num_revise_steps is not None and num_revise_steps > num_positions:

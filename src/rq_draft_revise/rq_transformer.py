@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from .attention import SpatialTransformerBlock
-from .codes import check_codes, embed_codes
+from .codes import check_codes, project_codes
 from .contextual_rq_transformer import _is_readable, check_step_sampling
 from .depth_transformer import DepthTransformer
 
@@ -42,8 +42,8 @@ class NextStackOutput(BaseOutput):
     """The stack at one position.
 
     Args:
-        log_probs (`torch.Tensor` of shape `(batch_size,)`, float32): Log-probability of each whole stack, the sum over its
-            codes, under the distribution that was sampled.
+        log_probs (`torch.Tensor` of shape `(batch_size,)`, float32): Log-probability of each whole stack, the sum over
+            its codes, under the distribution that was sampled.
         stacks (`torch.Tensor` of shape `(batch_size, code_depth)`, int64): Codes in `[0, codebook_size)`.
         past_key_values (`torch.Tensor`): The cache that was given, with one more slot filled.
     """
@@ -59,8 +59,8 @@ class CacheOutput(BaseOutput):
 
     Args:
         past_key_values (`torch.Tensor` of shape `(num_spatial_layers, 2, rows, prefix_length + height * width - 1,
-            num_attention_heads, attention_head_dim)`): Keys and values in each spatial block, of all of the condition but
-            its last token; the other slots are empty.
+            num_attention_heads, attention_head_dim)`): Keys and values in each spatial block, of all of the condition
+            but its last token; the other slots are empty.
     """
 
     past_key_values: torch.Tensor
@@ -69,10 +69,11 @@ class CacheOutput(BaseOutput):
 class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     r"""RQ-Transformer (Lee et al., "Autoregressive Image Generation using Residual Quantization", CVPR 2022).
 
-    A causal *spatial* transformer reads the condition and then the stacks of the image in row-major order, where stack n
-    enters as `PE_N(n) + Σ_d P(e(S_nd))`. Its output at the last token of the condition is the context of the first stack,
-    its output at a stack the context of the next; the last stack is never read, nor is its position embedding. The causal
-    *depth* transformer turns each context into D codes. The defaults are the LSUN church model of 370,087,936 parameters.
+    A causal *spatial* transformer reads the condition and then the stacks of the image in row-major order, where stack
+    n enters as `PE_N(n) + Σ_d P(e(S_nd))`. Its output at the last token of the condition is the context of the first
+    stack, its output at a stack the context of the next; the last stack is never read, nor is its position embedding.
+    The causal *depth* transformer turns each context into D codes. The defaults are the LSUN church model of
+    370,087,936 parameters.
 
     The condition is a prefix of at least one token: without a condition, one start token.
 
@@ -84,8 +85,8 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         codebook_size (`int`, defaults to 16384): K.
         codebook_dim (`int`, defaults to 256): Width of the RQ-VAE's codebook vectors.
         shared_codebook (`bool`, defaults to `True`): Whether the RQ-VAE has one codebook for all depths.
-        num_spatial_layers (`int`, defaults to 24), num_depth_layers (`int`, defaults to 4): Blocks. No depth blocks only
-            where `code_depth` is 1.
+        num_spatial_layers (`int`, defaults to 24), num_depth_layers (`int`, defaults to 4): Blocks. No depth blocks
+            only where `code_depth` is 1.
         num_attention_heads (`int`, defaults to 16), attention_head_dim (`int`, defaults to 64): d is their product.
         dropout (`float`, defaults to 0.1): On the output of each attention and MLP while training.
         num_classes (`int`, *optional*): Class-conditional.
@@ -95,8 +96,8 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         null_condition (`bool`, defaults to `False`): Whether there is a null class `num_classes`, or a null token
             `text_vocab_size` that in all places of a row is the null text, for classifier-free guidance. The published
             models have none.
-        learned_code_embedding (`bool`, defaults to `False`): Whether codes enter as vectors of the model's own instead of
-            projected codebook vectors; only where `code_depth` is 1.
+        learned_code_embedding (`bool`, defaults to `False`): Whether codes enter as vectors of the model's own instead
+            of projected codebook vectors; only where `code_depth` is 1.
 
     Raises:
         `ValueError`: a number out of its range, two kinds of condition, or options that exclude each other.
@@ -232,53 +233,52 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
 
         - `labels`: teacher forcing.
         - neither `labels` nor `uniforms`: a new cache, for `past_key_values` of later calls.
-        - `uniforms`: sampling of the stack at one position, all positions before it having been sampled by calls with the
-          same cache. It has a slot for everything that is ever read, so that its shape never changes: a compiled step
-          serves all positions. **The call writes into it**, and the slots up to the present one are attended to.
+        - `uniforms`: sampling of the stack at one position, all positions before it having been sampled by calls with
+          the same cache. It has a slot for everything that is ever read, so that its shape never changes: a compiled
+          step serves all positions. **The call writes into it**, and the slots up to the present one are attended to.
 
         Args:
-            codes (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): The code map while
-                sampling, of which only the stack before `position` is read. For a new cache only its batch size matters,
-                and only to an unconditional model.
+            codes (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): The code map
+                while sampling, of which only the stack before `position` is read. For a new cache only an
+                unconditional model takes it, as the only thing that says how many rows there are.
             position (`torch.Tensor` of shape `(1,)`, int64, *optional*): The row-major position to sample.
             uniforms (`torch.Tensor` of shape `(batch_size, code_depth)`, *optional*): In `[0, 1)`, one number a code.
-            class_labels (`torch.Tensor` of shape `(batch_size,)`, int64, *optional*): Of a class-conditional model, in every
-                call; in `[0, num_classes)`, or with a null condition `[0, num_classes]`.
-            input_ids (`torch.Tensor` of shape `(batch_size, max_text_length)`, int64, *optional*): Of a text-conditional
-                model, in every call; padded to full length.
-            labels (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): The true code map,
-                input and target in one.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, int64, *optional*): Of a class-conditional model, in
+                every call; in `[0, num_classes)`, or with a null condition `[0, num_classes]`.
+            input_ids (`torch.Tensor` of shape `(batch_size, max_text_length)`, int64, *optional*): Of a
+                text-conditional model, in every call; padded to full length.
+            labels (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): The true
+                code map, input and target in one.
             past_key_values (`torch.Tensor`, *optional*): From [`CacheOutput`], then from [`NextStackOutput`].
-            guidance_scale (`float` or scalar tensor, *optional*): Classifier-free guidance
-                `ℓ = ℓ_u + s(ℓ_c - ℓ_u)` while sampling. The condition and the cache then have `2 * batch_size` rows: the
-                conditions, then the null conditions.
+            guidance_scale (`float` or scalar tensor, *optional*): Classifier-free guidance `ℓ = ℓ_u + s(ℓ_c - ℓ_u)`
+                while sampling. The condition and the cache then have `2 * batch_size` rows: the conditions, then the
+                null conditions.
             temperature (`float` or scalar tensor, defaults to 1): Of the sampling, positive. Scalar tensors spare a
                 compiled step the recompilation.
-            top_k (`int` or a list of one a depth, *optional*), top_p (`float` or a list of one a depth, *optional*): Sample
-                among the most probable codes of each depth.
+            top_k (`int` or a list of one a depth, *optional*), top_p (`float` or a list of one a depth, *optional*):
+                Sample among the most probable codes of each depth.
             return_dict (`bool`, defaults to `True`): An output class, or its fields as a tuple.
 
         Raises:
-            `ValueError`: shapes that do not fit the model or each other, a condition missing or not known to the model,
-                an argument that another use has, a temperature or the like that nothing can be sampled with. On the CPU
-                also values out of range; on an accelerator reading them would wait for the device.
+            `ValueError`: shapes that do not fit the model or each other, a condition missing or not known to the
+                model, an argument that another use has, a temperature or the like that nothing can be sampled with. On
+                the CPU also values out of range; on an accelerator reading them would wait for the device.
         """
-        self._check_inputs(
-            codes, position, uniforms, class_labels, input_ids, labels, past_key_values, guidance_scale
-        )
+        self._check_inputs(codes, position, uniforms, class_labels, input_ids, labels, past_key_values, guidance_scale)
         self._check_sampling(guidance_scale, temperature, top_k, top_p)
         if class_labels is not None:
             condition = class_labels.unsqueeze(1)  # (B, 1)
         elif input_ids is not None:
             condition = input_ids  # (B, P)
         else:
-            condition = (labels if codes is None else codes).new_zeros(len(codes if labels is None else labels), 1)
+            code_map = codes if labels is None else labels
+            condition = code_map.new_zeros(code_map.shape[0], 1)  # the start token
         prefix = self.condition_embedding(condition) + self.prefix_position_embedding  # (B, P, d)
 
         if labels is not None:
             return self._teach(prefix, labels.flatten(1, 2), input_ids, return_dict)
         if uniforms is None:
-            past_key_values = self._new_cache(prefix[:, :-1])
+            past_key_values = self._new_cache(prefix)
             return CacheOutput(past_key_values) if return_dict else (past_key_values,)
 
         # What is read last: the stack before, and before the first stack the last token of the condition.
@@ -301,24 +301,27 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
             top_p=top_p,
         )
         log_probs = log_probs.sum(dim=-1)
-        return (
-            NextStackOutput(log_probs, stacks, past_key_values)
-            if return_dict
-            else (log_probs, stacks, past_key_values)
-        )
+        if not return_dict:
+            return log_probs, stacks, past_key_values
+        return NextStackOutput(log_probs, stacks, past_key_values)
 
     def _teach(self, prefix: torch.Tensor, stacks: torch.Tensor, input_ids: torch.Tensor | None, return_dict: bool):
         """Logits and losses, from the embedded condition `(B, P, d)` and the true stacks `(B, N, D)`."""
         image = self._embed(stacks[:, :-1]) + self.position_embedding[:-1]  # (B, N-1, d)
-        hidden_states, _ = self._run_blocks(torch.cat([prefix, image], dim=1))  # (B, P+N-1, d)
+        hidden_states = torch.cat([prefix, image], dim=1)  # (B, P+N-1, d)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states, _, _ = self._gradient_checkpointing_func(block, hidden_states, None, None, True)
+            else:
+                hidden_states, _, _ = block(hidden_states, is_causal=True)
         context = hidden_states[:, self.prefix_length - 1 :]  # (B, N, d)
-        logits = self.depth_transformer(context.flatten(0, 1), self.codebook, stacks=stacks.flatten(0, 1))  # (BN, D, K)
-        loss = image_loss = F.cross_entropy(logits.flatten(0, 1).float(), stacks.flatten())
+        logits = self.depth_transformer(context.flatten(0, 1), self.codebook, stacks=stacks.flatten(0, 1))
+        logits = logits.unflatten(0, stacks.shape[:2])  # (B, N, D, K)
+        loss = image_loss = F.cross_entropy(logits.flatten(0, 2).float(), stacks.flatten())
         text_loss = text_logits = None
         if input_ids is not None:
             text_logits, text_loss = self._text_loss(hidden_states[:, : self.prefix_length - 1], input_ids)
             loss = (1 - self.config.text_loss_weight) * image_loss + self.config.text_loss_weight * text_loss
-        logits = logits.unflatten(0, stacks.shape[:2])  # (B, N, D, K)
         if not return_dict:
             return logits, loss, image_loss, text_loss, text_logits
         return RQTransformerOutput(logits, loss, image_loss, text_loss, text_logits)
@@ -327,28 +330,18 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         """Stacks `(B, n, D)` -> `(B, n, d)`, without their positions."""
         if self.code_embedding is not None:
             return self.code_embedding(stacks.squeeze(-1))
-        # P is affine and applied at each depth: Σ_d P(e_d) = D · P(mean_d e_d), at a D-th of the work.
-        return self.config.code_depth * self.input_projection(embed_codes(self.codebook, stacks).mean(dim=-2))
-
-    def _run_blocks(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Hidden states `(B, L, d)` through the causal spatial blocks, and their keys and values."""
-        keys_and_values = []
-        for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states, *key_and_value = self._gradient_checkpointing_func(block, hidden_states, None, None, True)
-            else:
-                hidden_states, *key_and_value = block(hidden_states, is_causal=True)
-            keys_and_values.append(key_and_value)
-        return hidden_states, keys_and_values
+        return project_codes(self.input_projection, self.codebook, stacks)
 
     def _new_cache(self, prefix: torch.Tensor) -> torch.Tensor:
-        """The cache after the embedded tokens `(B, P-1, d)`, all of the condition but the last."""
+        """The cache after all but the last of the embedded condition `(B, P, d)`."""
+        batch_size, known = prefix.shape[0], prefix.shape[1] - 1
         heads = (self.config.num_attention_heads, self.config.attention_head_dim)
-        if prefix.shape[1] == 0:
-            return prefix.new_zeros(len(self.blocks), 2, len(prefix), self.num_positions, *heads)
-        _, keys_and_values = self._run_blocks(prefix)
-        cache = torch.stack([torch.stack(key_and_value) for key_and_value in keys_and_values])
-        return F.pad(cache, (0, 0, 0, 0, 0, self.num_positions))
+        caches = prefix.new_zeros(len(self.blocks), 2, batch_size, known + self.num_positions, *heads)
+        if known > 0:
+            hidden_states = prefix[:, :-1]  # (B, P-1, d)
+            for block, cache in zip(self.blocks, caches, strict=True):
+                hidden_states, cache[0, :, :known], cache[1, :, :known] = block(hidden_states, is_causal=True)
+        return caches
 
     def _text_loss(self, prefix_states: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Next-token logits `(B, P-1, V)` and their mean negative log-likelihood over the rows that hold a text."""
@@ -372,8 +365,10 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
             needed = f"`{expected}` as its condition" if conditional else "no condition"
             raise ValueError(f"This model takes {needed}, got {given or 'none'}.")
 
-        tensors = dict(codes=codes, position=position, uniforms=uniforms, labels=labels)
-        given = [name for name, value in (tensors | dict(past_key_values=past_key_values)).items() if value is not None]
+        others = dict(
+            codes=codes, position=position, uniforms=uniforms, labels=labels, past_key_values=past_key_values
+        )
+        given = [name for name, value in others.items() if value is not None]
         new_cache, sampling = ["codes"] * (not conditional), ["codes", "position", "uniforms", "past_key_values"]
         if given not in (["labels"], new_cache, sampling):
             raise ValueError(
@@ -388,7 +383,7 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         # The code map says how many images there are. Where there is none the condition may have any number of rows.
         stacks = (None, config.height, config.width, config.code_depth)
         for name in ("codes", "labels"):
-            _check_tensor(name, tensors[name], stacks)
+            _check_tensor(name, others[name], stacks)
         batch_size = next((len(value) for value in (codes, labels) if value is not None), None)
         rows = batch_size if guidance_scale is None else 2 * batch_size
         slots = self.prefix_length + self.num_positions - 1
@@ -412,6 +407,7 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
                     raise ValueError(f"`{name}` must lie in [0, {largest}], got values in [{low}, {high}].")
 
     def _check_sampling(self, guidance_scale, temperature, top_k, top_p) -> None:
+        """Numbers of the sampling, depth by depth."""
         depths = self.config.code_depth
         for k, p in zip(per_depth("top_k", top_k, depths), per_depth("top_p", top_p, depths), strict=True):
             check_step_sampling(guidance_scale, temperature, k, p)
@@ -427,7 +423,7 @@ def per_depth(name: str, value, code_depth: int) -> list:
 
 
 def _check_tensor(name: str, value, shape: tuple[int | None, ...], floating: bool = False) -> None:
-    """Refuse what is neither `None` nor an int64 or a floating-point tensor of `shape`; `None` is any positive size."""
+    """Refuse what is neither `None` nor a tensor of `shape`, int64 or floating-point; a size of `None` is any."""
     if value is None:
         return
     if not isinstance(value, torch.Tensor):
