@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rq_draft_revise import ContextualRQTransformerModel, DraftAndRevisePipeline
 
 
+PIPELINE = "DraftAndRevisePipeline"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # the naive sampler is the tests' oracle
 
@@ -90,7 +91,11 @@ def count_flops(config_folder: Path, batch_size: int) -> list[dict]:
     rows = [
         ("draft step", sampling(draft, False), flops.sampling_step(config, batch_size, draft)),
         ("revise step", sampling(revise, guided), flops.sampling_step(config, batch_size, revise, guided)),
-        ("training step", training(masked), flops.teacher_forcing(config, batch_size, batch_size * masked, trained=True)),
+        (
+            "training step",
+            training(masked),
+            flops.teacher_forcing(config, batch_size, batch_size * masked, trained=True),
+        ),
     ]
     return [dict(step=name, gflop=count / 1e9, counted_over_analytic=count / least) for name, count, least in rows]
 
@@ -156,9 +161,14 @@ def time_sampling(args) -> dict:
 
 def main(argv=None):
     args = parse_args(argv)
-    folders = [Path(args.pipeline)] + sorted(
-        folder for folder in (ROOT / "pipelines").iterdir() if folder.is_dir() and folder.name != Path(args.pipeline).name
-    )
+    given = Path(args.pipeline)
+    configs = sorted(path.parent.parent for path in (ROOT / "pipelines").glob("*/transformer/config.json"))
+    folders = [given] + [
+        folder
+        for folder in configs
+        if folder.name != given.name
+        and json.loads((folder / "model_index.json").read_text())["_class_name"] == PIPELINE
+    ]
     report = {"flops": {}, "sampling": None}
     print(f"{'pipeline':<22}{'step':<15}{'GFLOP an image':>15}{'over analytic':>15}")
     for folder in folders:

@@ -3,7 +3,8 @@
     python examples/plot_training.py runs/emoji-vae/train_log.jsonl --output curves.png mse:train_mse psnr
     python examples/plot_training.py runs/emoji-transformer/train_log.jsonl --output curves.png image_loss text_loss
 
-One panel a quantity, over the images seen: what was logged while training as a line, validations as marked lines, one a split.
+One panel a quantity, over the images seen: what was logged while training as a line, validations as marked lines, one
+a split.
 """
 
 import argparse

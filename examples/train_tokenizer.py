@@ -4,8 +4,8 @@
         --output_dir pipelines/emoji-scenes/tokenizer
 
 The default is what the parent's CC-3M models read: lower-cased byte-pair encoding of 16,384 tokens with `[PAD]` 0 and
-`[UNK]` 1, 32 tokens a caption. `--model word` has one token a word: for captions of few words, where it keeps the prefix
-short and an unknown word is one `[UNK]` that can be named.
+`[UNK]` 1, 32 tokens a caption. `--model word` has one token a word: for captions of few words, where it keeps the
+prefix short and an unknown word is one `[UNK]` that can be named.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Draft-and-Revise without any of the tricks: the oracle that the fast sampler is compared with.
 
 In every step and for every depth it runs the whole model on the condition and on all positions, twice where there is
-guidance, looks only at the positions of the block, and inverts the cumulative distribution in float64 over all K codes.
+guidance, looks only at the positions of the block, and inverts the cumulative distribution in float64 over all K
+codes.
 """
 
 import torch

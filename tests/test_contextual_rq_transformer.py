@@ -68,7 +68,7 @@ def test_table_1_counts_the_parameters_without_the_null_condition(
         )
     null_condition = num_attention_heads * 64
     assert sum(parameter.numel() for parameter in model.parameters()) == expected + null_condition
-    assert [name for name, _ in model.named_buffers()] == ["codebook"]
+    assert [name for name, _ in model.named_buffers()] == ["depth_transformer.codebook.vectors"]
 
 
 # ---- every parameter is used

@@ -225,7 +225,7 @@ OF_RQVAE = [
 ]
 OF_TRANSFORMER = [
     *[f"blocks.#.{name}" for name in BLOCK],
-    "codebook",
+    "depth_transformer.codebook.vectors",
     *[f"depth_transformer.blocks.#.{name}" for name in BLOCK],
     *[f"depth_transformer.{name}" for name in ("head", "norm_out", "position_embedding")],
     "input_projection",
@@ -385,9 +385,12 @@ def test_a_device_map_may_put_part_of_the_model_on_the_disk(case, tmp_path):
     """The codebook is a buffer and stays in memory: of what is on the disk, accelerate fetches parameters alone."""
     model = case.make()
     model.save_pretrained(tmp_path)
-    device_map = {name.split(".")[0]: "cpu" for name in model.state_dict()}
-    for name in ("decoder", "quant_conv") if case.cls is RQVAEModel else ("blocks", "depth_transformer", "text_head"):
-        device_map[name] = "disk"
+    on_disk = ("decoder", "quant_conv", "blocks", "depth_transformer.blocks", "depth_transformer.head", "text_head")
+    device_map = {}
+    for name in model.state_dict():
+        depth = 2 if name.startswith("depth_transformer") else 1
+        part = ".".join(name.split(".")[:depth])
+        device_map[part] = "disk" if part in on_disk else "cpu"
     split = case.cls.from_pretrained(tmp_path, device_map=device_map, offload_folder=str(tmp_path))
     assert {parameter.is_meta for parameter in split.parameters()} == {True, False}
     assert_equal(case.run(split), case.run(model))

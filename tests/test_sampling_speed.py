@@ -14,7 +14,8 @@ from rq_draft_revise import ContextualRQTransformerModel, DraftAndReviseSchedule
 def test_fast_sampler_equals_the_naive_one(condition):
     scale = 1.0 if condition is None else 1.7
     pipe = components.tiny_pipeline(condition)
-    pipe.scheduler = DraftAndReviseScheduler(5, 3, 2, guidance_scale=scale, draft_guidance_scale=scale, temperature=0.7)
+    guidance = dict(guidance_scale=scale, draft_guidance_scale=scale)
+    pipe.scheduler = DraftAndReviseScheduler(5, 3, 2, temperature=0.7, **guidance)
     transformer, scheduler = pipe.transformer, pipe.scheduler
 
     arguments, naive, null = {}, {}, {}

@@ -8,12 +8,17 @@ __version__ = "0.1.0"
 
 from .contextual_rq_transformer import ContextualRQTransformerModel
 from .pipeline_draft_and_revise import DraftAndRevisePipeline
+from .pipeline_rq_transformer import RQTransformerPipeline
+from .rq_transformer import RQTransformerModel
 from .rqvae import RQVAEModel
 from .scheduling_draft_and_revise import DraftAndReviseScheduler
+
 
 __all__ = [
     "ContextualRQTransformerModel",
     "DraftAndRevisePipeline",
     "DraftAndReviseScheduler",
+    "RQTransformerModel",
+    "RQTransformerPipeline",
     "RQVAEModel",
 ]

@@ -1,6 +1,7 @@
 """The code map: what every component of the package passes on, and the one place that checks it."""
 
 import torch
+import torch.nn as nn
 
 
 def check_codes(codes: torch.Tensor, code_depth: int | None, codebook_size: int, name: str = "codes") -> None:
@@ -59,17 +60,34 @@ def embed_codes(codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return codebook[torch.arange(codes.shape[-1], device=codes.device), codes]
 
 
-def project_codes(projection: torch.nn.Linear, codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+def project_vectors(projection: nn.Linear, vectors: torch.Tensor) -> torch.Tensor:
     """How a stack enters a transformer: the sum over depths of its projected vectors.
 
     `Σ_d P(e_d) = D · P(mean_d e_d)`, as P is affine, at a D-th of the work.
 
     Args:
         projection (`torch.nn.Linear`): P, from the codebook's width to the transformer's.
-        codebook (`torch.Tensor` of shape `(num_codebooks, codebook_size + 1, dim)`).
-        codes (`torch.Tensor` of shape `(..., D)`, int64): Stacks, all depths.
+        vectors (`torch.Tensor` of shape `(..., D, dim)`): Vectors of stacks, all depths.
 
     Returns:
         `torch.Tensor` of shape `(..., projection.out_features)`.
     """
-    return codes.shape[-1] * projection(embed_codes(codebook, codes).mean(dim=-2))
+    return vectors.shape[-2] * projection(vectors.mean(dim=-2))
+
+
+class Codebook(nn.Module):
+    """The RQ-VAE's frozen codebook, in which a transformer reads codes.
+
+    A module of its own and not a buffer of the whole model, since offloading and device maps bring a module's tensors
+    along when it is called, but leave a buffer of the root where it is.
+    """
+
+    def __init__(self, num_codebooks: int, codebook_size: int, dim: int):
+        super().__init__()
+        self.register_buffer("vectors", torch.zeros(num_codebooks, codebook_size + 1, dim))
+
+    def forward(self, codes: torch.Tensor, depth: int | None = None) -> torch.Tensor:
+        """Vectors of codes of the first d depths, `(..., d)` -> `(..., d, dim)`, or of one, `(...)` -> `(..., dim)`."""
+        if depth is not None:
+            return self.vectors[min(depth, self.vectors.shape[0] - 1)][codes]
+        return embed_codes(self.vectors, codes)

@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from .attention import SpatialTransformerBlock
-from .codes import check_codes, project_codes
+from .codes import check_codes, project_vectors
 from .depth_transformer import DepthTransformer
 from .scheduling_draft_and_revise import check_sampling
 
@@ -134,8 +134,6 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
             raise ValueError(f"`text_loss_weight` must lie in [0, 1], got {text_loss_weight}.")
 
         dim = num_attention_heads * attention_head_dim
-        num_codebooks = 1 if shared_codebook else code_depth
-        self.register_buffer("codebook", torch.zeros(num_codebooks, codebook_size + 1, codebook_dim))
         self.mask_embedding = nn.Parameter(torch.empty(codebook_dim))
         self.position_embedding = nn.Parameter(torch.empty(height * width, dim))
         self.input_projection = nn.Linear(codebook_dim, dim)
@@ -153,7 +151,14 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
             SpatialTransformerBlock(dim, attention_head_dim, dropout) for _ in range(num_spatial_layers)
         )
         self.depth_transformer = DepthTransformer(
-            num_depth_layers, dim, attention_head_dim, code_depth, codebook_size, codebook_dim, dropout
+            num_depth_layers,
+            dim,
+            attention_head_dim,
+            code_depth,
+            codebook_size,
+            codebook_dim,
+            shared_codebook,
+            dropout,
         )
         self.gradient_checkpointing = False
         self.apply(self._init_weights)
@@ -190,6 +195,11 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         """The label or token that stands for "no condition"; `None` for an unconditional model."""
         vocabulary = (self.config.num_classes, self.config.text_vocab_size)
         return next((size for size in vocabulary if size is not None), None)
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """The RQ-VAE's codebook, `(num_codebooks, codebook_size + 1, codebook_dim)`; zeros until [`set_codebook`]."""
+        return self.depth_transformer.codebook.vectors
 
     def set_codebook(self, codebook: torch.Tensor) -> None:
         """Copy the RQ-VAE's codebook `(num_codebooks, codebook_size + 1, codebook_dim)`, in which codes are read."""
@@ -266,7 +276,6 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
                 index = torch.cat([index, index + codes.shape[0] * self.num_positions])
             stacks, log_probs = self.depth_transformer(
                 context.flatten(0, 1).index_select(0, index),  # (M, d), or (2M, d) with guidance
-                self.codebook,
                 uniforms=uniforms.flatten(0, -2),
                 guidance_scale=guidance_scale,
                 temperature=temperature,
@@ -277,9 +286,7 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
             return StackSampleOutput(log_probs, stacks) if return_dict else (log_probs, stacks)
 
         stacks = labels.flatten(0, 2).index_select(0, index)  # (M, D)
-        logits = self.depth_transformer(
-            context.flatten(0, 1).index_select(0, index), self.codebook, stacks=stacks
-        )  # (M, D, K)
+        logits = self.depth_transformer(context.flatten(0, 1).index_select(0, index), stacks=stacks)  # (M, D, K)
         loss = image_loss = F.cross_entropy(logits.flatten(0, 1).float(), stacks.flatten())
         text_loss = text_logits = None
         if input_ids is not None:
@@ -307,7 +314,7 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         """Code map `(B, h, w, D)` -> context `(B, N, d)`, or `(2B, N, d)` when guided."""
         codes = codes.flatten(1, 2)  # (B, N, D)
         masked = (codes[..., :1] == self.mask_token_id)  # (B, N, 1)
-        known = project_codes(self.input_projection, self.codebook, codes)  # (B, N, d)
+        known = project_vectors(self.input_projection, self.depth_transformer.codebook(codes))  # (B, N, d)
         hidden_states = torch.where(masked, self.input_projection(self.mask_embedding), known) + self.position_embedding
         if guided:
             hidden_states = torch.cat([hidden_states, hidden_states])  # (2B, N, d)

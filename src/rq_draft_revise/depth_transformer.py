@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 
 from .attention import DepthTransformerBlock
-from .codes import embed_codes
+from .codes import Codebook
 
 
 def filter_logits(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
@@ -94,10 +94,12 @@ class DepthTransformer(nn.Module):
         code_depth: int,
         codebook_size: int,
         codebook_dim: int,
+        shared_codebook: bool,
         dropout: float,
     ):
         super().__init__()
         self.code_depth = code_depth
+        self.codebook = Codebook(1 if shared_codebook else code_depth, codebook_size, codebook_dim)
         self.position_embedding = None
         if code_depth > 1 or num_layers > 0:
             self.position_embedding = nn.Parameter(torch.empty(code_depth, dim))
@@ -110,7 +112,6 @@ class DepthTransformer(nn.Module):
     def forward(
         self,
         context: torch.Tensor,
-        codebook: torch.Tensor,
         stacks: torch.Tensor | None = None,
         uniforms: torch.Tensor | None = None,
         guidance_scale: torch.Tensor | float | None = None,
@@ -123,7 +124,6 @@ class DepthTransformer(nn.Module):
         Args:
             context (`torch.Tensor` of shape `(M, dim)`): Output of the spatial transformer at M positions. With a
                 guidance scale `(2M, dim)`: the conditional contexts, then the unconditional ones.
-            codebook (`torch.Tensor` of shape `(num_codebooks, codebook_size + 1, codebook_dim)`).
             stacks (`torch.Tensor` of shape `(M, D)`, int64): The true codes.
             uniforms (`torch.Tensor` of shape `(M, D)`): One number in `[0, 1)` a code.
             guidance_scale, temperature, top_k, top_p: See [`ContextualRQTransformerModel.forward`]. Here the last two
@@ -133,13 +133,13 @@ class DepthTransformer(nn.Module):
             logits `(M, D, codebook_size)`, or stacks `(M, D)` int64 and their log-probabilities `(M, D)` float32.
         """
         if uniforms is None:
-            return self._logits(context, codebook, stacks)
-        return self._sample(context, codebook, uniforms, guidance_scale, temperature, top_k, top_p)
+            return self._logits(context, stacks)
+        return self._sample(context, uniforms, guidance_scale, temperature, top_k, top_p)
 
-    def _logits(self, context: torch.Tensor, codebook: torch.Tensor, stacks: torch.Tensor) -> torch.Tensor:
+    def _logits(self, context: torch.Tensor, stacks: torch.Tensor) -> torch.Tensor:
         hidden_states = context.unsqueeze(1)  # (M, 1, d)
         if self.code_depth > 1:
-            partial_sums = embed_codes(codebook, stacks)[:, :-1].cumsum(dim=1)  # (M, D-1, C)
+            partial_sums = self.codebook(stacks)[:, :-1].cumsum(dim=1)  # (M, D-1, C)
             hidden_states = torch.cat([hidden_states, self.input_projection(partial_sums)], dim=1)  # (M, D, d)
         if self.position_embedding is not None:
             hidden_states = hidden_states + self.position_embedding
@@ -150,7 +150,7 @@ class DepthTransformer(nn.Module):
                 hidden_states, _, _ = block(hidden_states, is_causal=True)
         return self.head(self.norm_out(hidden_states))  # (M, D, K)
 
-    def _sample(self, context, codebook, uniforms, guidance_scale, temperature, top_k, top_p):
+    def _sample(self, context, uniforms, guidance_scale, temperature, top_k, top_p):
         past = [(None, None)] * len(self.blocks)
         hidden_states, partial_sum = context, 0.0
         stacks, log_probs = [], []
@@ -169,7 +169,7 @@ class DepthTransformer(nn.Module):
             stacks.append(codes)
             log_probs.append(log_prob)
             if depth + 1 < self.code_depth:
-                partial_sum = partial_sum + codebook[min(depth, codebook.shape[0] - 1)][codes]  # (M, C)
+                partial_sum = partial_sum + self.codebook(codes, depth)  # (M, C)
                 hidden_states = self.input_projection(partial_sum)  # (M, d)
                 if guidance_scale is not None:  # both halves go on with the same codes
                     hidden_states = torch.cat([hidden_states, hidden_states])

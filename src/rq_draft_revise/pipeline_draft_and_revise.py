@@ -470,7 +470,9 @@ class DraftAndRevisePipeline(DiffusionPipeline):
 
         def scalar(value: float) -> torch.Tensor:
             """A number as a tensor, which a compiled step takes without recompiling; sent to the device once."""
-            return scalars.setdefault(value, torch.tensor(float(value), device=latents.device))
+            if value not in scalars:
+                scalars[value] = torch.tensor(float(value), device=latents.device)
+            return scalars[value]
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, timestep in enumerate(timesteps):

@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from .attention import SpatialTransformerBlock
-from .codes import check_codes, project_codes
+from .codes import check_codes, project_vectors
 from .contextual_rq_transformer import _is_readable, check_step_sampling
 from .depth_transformer import DepthTransformer
 
@@ -163,9 +163,6 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
             raise ValueError(f"`learned_code_embedding` must be False with `code_depth` {code_depth}, got True.")
 
         dim = num_attention_heads * attention_head_dim
-        num_codebooks = 1 if shared_codebook else code_depth
-        # also where codes are embedded without it: it says which RQ-VAE's codes these are
-        self.register_buffer("codebook", torch.zeros(num_codebooks, codebook_size + 1, codebook_dim))
         self.code_embedding = nn.Embedding(codebook_size, dim) if learned_code_embedding else None
         self.input_projection = None if learned_code_embedding else nn.Linear(codebook_dim, dim)
         self.position_embedding = nn.Parameter(torch.empty(height * width, dim))
@@ -179,7 +176,14 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
             SpatialTransformerBlock(dim, attention_head_dim, dropout) for _ in range(num_spatial_layers)
         )
         self.depth_transformer = DepthTransformer(
-            num_depth_layers, dim, attention_head_dim, code_depth, codebook_size, codebook_dim, dropout
+            num_depth_layers,
+            dim,
+            attention_head_dim,
+            code_depth,
+            codebook_size,
+            codebook_dim,
+            shared_codebook,
+            dropout,
         )
         self.gradient_checkpointing = False
         for name, parameter in self.named_parameters():
@@ -207,6 +211,11 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
     def null_condition_id(self) -> int | None:
         """The label or token that stands for "no condition"; `None` for a model that has none."""
         return (self.config.num_classes or self.config.text_vocab_size) if self.config.null_condition else None
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """The RQ-VAE's codebook, `(num_codebooks, codebook_size + 1, codebook_dim)`; zeros until [`set_codebook`]."""
+        return self.depth_transformer.codebook.vectors
 
     def set_codebook(self, codebook: torch.Tensor) -> None:
         """Copy the RQ-VAE's codebook `(num_codebooks, codebook_size + 1, codebook_dim)`, in which codes are read."""
@@ -293,7 +302,6 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
             hidden_states, _, _ = block(hidden_states, cache[0], cache[1], False, slot)
         stacks, log_probs = self.depth_transformer(
             hidden_states.squeeze(1),  # (B, d), or (2B, d) with guidance
-            self.codebook,
             uniforms=uniforms,
             guidance_scale=guidance_scale,
             temperature=temperature,
@@ -315,7 +323,7 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
             else:
                 hidden_states, _, _ = block(hidden_states, is_causal=True)
         context = hidden_states[:, self.prefix_length - 1 :]  # (B, N, d)
-        logits = self.depth_transformer(context.flatten(0, 1), self.codebook, stacks=stacks.flatten(0, 1))
+        logits = self.depth_transformer(context.flatten(0, 1), stacks=stacks.flatten(0, 1))
         logits = logits.unflatten(0, stacks.shape[:2])  # (B, N, D, K)
         loss = image_loss = F.cross_entropy(logits.flatten(0, 2).float(), stacks.flatten())
         text_loss = text_logits = None
@@ -330,7 +338,7 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         """Stacks `(B, n, D)` -> `(B, n, d)`, without their positions."""
         if self.code_embedding is not None:
             return self.code_embedding(stacks.squeeze(-1))
-        return project_codes(self.input_projection, self.codebook, stacks)
+        return project_vectors(self.input_projection, self.depth_transformer.codebook(stacks))
 
     def _new_cache(self, prefix: torch.Tensor) -> torch.Tensor:
         """The cache after all but the last of the embedded condition `(B, P, d)`."""

@@ -1,0 +1,365 @@
+"""From a prompt or a class to an image by the autoregressive baseline: one stack after the other."""
+
+from collections.abc import Callable
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from transformers import PreTrainedTokenizerBase
+
+from .codes import check_codes
+from .pipeline_draft_and_revise import DraftAndRevisePipeline, _is_integer, check_same_codebook
+from .rq_transformer import RQTransformerModel, per_depth
+from .rqvae import RQVAEModel
+from .scheduling_draft_and_revise import check_generator, check_sampling
+
+
+class RQTransformerPipeline(DiffusionPipeline):
+    r"""Text- or class-conditional, or unconditional, image generation by an RQ-Transformer (or VQ-GAN's).
+
+    There is nothing to schedule: a step samples the stack of one position, in row-major order.
+
+    Args:
+        vae ([`RQVAEModel`]): Decodes codes to images.
+        transformer ([`RQTransformerModel`]): Predicts stacks of codes.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Of a text-conditional transformer.
+        id2label (`dict[int, str]`, *optional*): Names of the classes of a class-conditional transformer; alternatives
+            separated by commas.
+        guidance_scale (`float`, defaults to 1.0): Classifier-free guidance; 1 means none. This and the following are
+            the defaults of the call, saved with the pipeline.
+        temperature (`float`, defaults to 1.0): Divides the logits.
+        top_k (`int` or a list of one a depth, *optional*), top_p (`float` or a list of one a depth, *optional*):
+            Sample among the most probable codes of each depth.
+
+    Raises:
+        `ValueError`: the RQ-VAE and the transformer have different codebooks, or code maps of different depth; a
+            default that nothing can be sampled with.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["tokenizer"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        vae: RQVAEModel,
+        transformer: RQTransformerModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        id2label: dict | None = None,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int | list[int] | None = None,
+        top_p: float | list[float] | None = None,
+    ):
+        super().__init__()
+        if vae is not None and transformer is not None:
+            check_same_codebook(vae, transformer)
+        self.register_modules(vae=vae, transformer=transformer, tokenizer=tokenizer)
+        if transformer is not None:
+            self._check_sampling(guidance_scale, temperature, top_k, top_p)
+        # JSON has no integer keys
+        id2label = None if id2label is None else {int(label): name for label, name in id2label.items()}
+        self.register_to_config(
+            id2label=id2label, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=vae.spatial_scale_factor if vae is not None else 1)
+
+    def register_to_config(self, **kwargs) -> None:
+        """As in diffusers, which calls it for every component set."""
+        if kwargs.get("tokenizer") == ("transformers", "TokenizersBackend"):
+            # transformers 5 renamed the class; model_index.json gets the name that 4.57 and 5 both know
+            kwargs["tokenizer"] = ("transformers", "PreTrainedTokenizerFast")
+        super().register_to_config(**kwargs)
+
+    # Names of classes, tokens and pixels do not depend on how codes are sampled.
+    get_label_ids = DraftAndRevisePipeline.get_label_ids
+    decode_latents = DraftAndRevisePipeline.decode_latents
+    prepare_latents = DraftAndRevisePipeline.prepare_latents
+    _names_to_ids = DraftAndRevisePipeline._names_to_ids
+    _class_ids = DraftAndRevisePipeline._class_ids
+    _batch_size = DraftAndRevisePipeline._batch_size
+    _tokenize = DraftAndRevisePipeline._tokenize
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the run at hand; a callback may change it between the steps of a guided run."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of a run, one a position."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to leave out the remaining steps."""
+        return self._interrupt
+
+    def check_inputs(
+        self,
+        prompt=None,
+        class_labels=None,
+        negative_prompt=None,
+        num_images_per_prompt=1,
+        guidance_scale=None,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        generator=None,
+        latents=None,
+        output_type="pil",
+        callback_on_step_end_tensor_inputs=("latents",),
+        callback_on_step_end=None,
+    ) -> None:
+        """Refuse what [`__call__`] cannot do, each with a `ValueError` that names the argument and what is allowed."""
+        config = self.transformer.config
+        if not _is_integer(num_images_per_prompt) or num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be a positive integer, got {num_images_per_prompt!r}.")
+
+        # the condition
+        if (prompt is None) != (config.text_vocab_size is None):
+            kind = "not text-conditional" if config.text_vocab_size is None else "text-conditional"
+            raise ValueError(f"`prompt` must be {'None' if prompt is not None else 'given'}: this model is {kind}.")
+        if (class_labels is None) != (config.num_classes is None):
+            kind = "not class-conditional" if config.num_classes is None else "class-conditional"
+            raise ValueError(
+                f"`class_labels` must be {'None' if class_labels is not None else 'given'}: this model is {kind}."
+            )
+        if prompt is not None and self.tokenizer is None:
+            raise ValueError("`prompt` needs a pipeline with a `tokenizer`, and this one has none.")
+        if negative_prompt is not None and prompt is None:
+            raise ValueError("`negative_prompt` needs a `prompt`.")
+        for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            texts = [texts] if isinstance(texts, str) else texts
+            if texts is None:
+                continue
+            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"`{name}` must be a string or a non-empty list of strings, got {texts!r}.")
+            if name == "prompt" and not all(text.strip() for text in texts):
+                raise ValueError(f"`prompt` must not be empty, got {texts!r}.")
+        num_prompts = len(prompt) if isinstance(prompt, list) else 1
+        if isinstance(negative_prompt, list) and len(negative_prompt) != num_prompts:
+            raise ValueError(
+                f"`negative_prompt` must be one string or {num_prompts}, one a prompt, got {len(negative_prompt)}."
+            )
+        for label in self._class_ids(class_labels) if class_labels is not None else []:
+            if not 0 <= label < config.num_classes:
+                raise ValueError(f"`class_labels` must lie in [0, {config.num_classes - 1}], got {label}.")
+
+        # the sampler
+        given = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+        given = {name: self.config[name] if value is None else value for name, value in given.items()}
+        self._check_sampling(**given)
+        guided = given["guidance_scale"] != 1
+        if guided and self.transformer.null_condition_id is None and negative_prompt is None:
+            instead = " and no `negative_prompt`" if config.text_vocab_size is not None else ""
+            raise ValueError(
+                f"`guidance_scale` must be 1: this model has no null condition{instead} to guide away from, got "
+                f"{given['guidance_scale']!r}."
+            )
+
+        # the rest
+        if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
+        batch_size = self._batch_size(prompt, class_labels, num_images_per_prompt, latents)
+        if latents is not None:
+            check_codes(latents, config.code_depth, config.codebook_size, name="latents")
+            expected = (batch_size, config.height, config.width, config.code_depth)
+            if tuple(latents.shape) != expected:
+                raise ValueError(f"`latents` must have shape {expected}, got {tuple(latents.shape)}.")
+        check_generator(generator, batch_size)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` must be callable or None, got {callback_on_step_end!r}.")
+        names, allowed = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        if not isinstance(names, (list, tuple)) or not all(name in allowed for name in names):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be a list of names among {allowed}, got {names!r}."
+            )
+
+    def _check_sampling(self, guidance_scale, temperature, top_k, top_p) -> None:
+        """Numbers of the sampling, depth by depth."""
+        depths = self.transformer.config.code_depth
+        for k, p in zip(per_depth("top_k", top_k, depths), per_depth("top_p", top_p, depths), strict=True):
+            check_sampling(guidance_scale, temperature, top_k=k, top_p=p)
+
+    def encode_condition(
+        self,
+        prompt: str | list[str] | None = None,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = False,
+        latents: torch.Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """What the transformer is given in every step: the condition, and a new cache which has read it.
+
+        Args:
+            prompt, class_labels, num_images_per_prompt, negative_prompt: As in [`__call__`].
+            do_classifier_free_guidance (`bool`, defaults to `False`): Append the null conditions, or the negative
+                prompts.
+            latents (`torch.Tensor`, *optional*): The code map to start from, without a condition.
+            device (`torch.device`, *optional*): By default where the pipeline executes.
+
+        Returns:
+            `past_key_values`, and with a condition `class_labels` or `input_ids`; one row an image, or two with
+            guidance (all conditions first).
+        """
+        device = device or self._execution_device
+        if class_labels is not None:
+            condition = torch.tensor(self._class_ids(class_labels), device=device)
+        elif prompt is not None:
+            condition = self._tokenize(prompt).to(device)
+        else:
+            return {"past_key_values": self.transformer(latents).past_key_values}
+        if do_classifier_free_guidance:
+            if negative_prompt is not None:
+                null = self._tokenize(negative_prompt).to(device).expand_as(condition)
+            else:
+                null = torch.full_like(condition, self.transformer.null_condition_id)
+            condition = torch.cat([condition, null])
+        name = "class_labels" if class_labels is not None else "input_ids"
+        # read once a prompt, not once an image
+        past_key_values = self.transformer(**{name: condition}).past_key_values
+        return {
+            name: condition.repeat_interleave(num_images_per_prompt, dim=0),
+            "past_key_values": past_key_values.repeat_interleave(num_images_per_prompt, dim=2),
+        }
+
+    def prepare_uniforms(
+        self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        """All that is random in a run: `(batch_size, positions, code_depth)` in `[0, 1)`, drawn image by image."""
+        shape = (self.transformer.num_positions, self.transformer.config.code_depth)
+        images = []
+        for row in range(batch_size):
+            source = generator[row] if isinstance(generator, (list, tuple)) else generator
+            device = source.device if source is not None else "cpu"
+            images.append(torch.rand(*shape, generator=source, device=device).to(self._execution_device))
+        return torch.stack(images)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        top_k: int | list[int] | None = None,
+        top_p: float | list[float] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["RQTransformerPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  (diffusers' signature)
+    ) -> ImagePipelineOutput | tuple:
+        r"""Generate images. `None` takes the pipeline's saved default, here and below.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): For a text-conditional model.
+            class_labels (`int`, `str`, a list of them, or an int tensor, *optional*): Ids or names, for a
+                class-conditional model.
+            num_images_per_prompt (`int`, defaults to 1): Images of each prompt or class.
+            guidance_scale (`float`, *optional*): Classifier-free guidance, at least 0; 1 means none and costs no
+                second row. Other numbers need a model with a null condition, or a `negative_prompt`.
+            temperature (`float`, *optional*): Positive.
+            negative_prompt (`str` or `list[str]`, *optional*): Guides away from this instead of from the null text.
+            top_k (`int` or a list of one a depth, *optional*), top_p (`float` in (0, 1] or a list of one a depth,
+                *optional*): Sample among the most probable codes of each depth. `codebook_size` and 1 are no limits.
+            generator (`torch.Generator` or a list of one an image, *optional*): With a list, an image depends on its
+                own generator alone, whatever its batch (exactly in float32 on the CPU, but for ties; half precision
+                rounds differently in different batches).
+            latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): Codes to
+                start from. Only masked stacks are sampled; they see what stands before them, and nothing after.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the codes.
+            return_dict (`bool`, defaults to `True`): An `ImagePipelineOutput` with `images`, or a tuple of them.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, callback_kwargs)`
+                after each position; may return a dictionary with new `latents`, of which the stacks up to the present
+                position but this one have been read already.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): What `callback_kwargs` holds.
+
+        Raises:
+            `ValueError`: an argument out of its range, or one that this model has no use for.
+        """
+        self.check_inputs(
+            prompt,
+            class_labels,
+            negative_prompt,
+            num_images_per_prompt,
+            guidance_scale,
+            temperature,
+            top_k,
+            top_p,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+            callback_on_step_end,
+        )
+        temperature = self.config.temperature if temperature is None else temperature
+        top_k = self.config.top_k if top_k is None else top_k
+        top_p = self.config.top_p if top_p is None else top_p
+        self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        self._num_timesteps = self.transformer.num_positions
+        self._interrupt = False
+
+        # 1. What to start from, and all that is random
+        batch_size = self._batch_size(prompt, class_labels, num_images_per_prompt, latents)
+        latents = self.prepare_latents(batch_size, latents)  # (B, h, w, D)
+        uniforms = self.prepare_uniforms(batch_size, generator)  # (B, N, D)
+
+        # 2. The condition, read once
+        guided = self.guidance_scale != 1
+        condition = self.encode_condition(
+            prompt, class_labels, num_images_per_prompt, negative_prompt, guided, latents=latents
+        )
+
+        # 3. One position after the other
+        positions = torch.arange(self._num_timesteps, device=latents.device)
+        scalars = {}
+
+        def scalar(value: float) -> torch.Tensor:
+            """A number as a tensor, which a compiled step takes without recompiling; sent to the device once."""
+            if value not in scalars:
+                scalars[value] = torch.tensor(float(value), device=latents.device)
+            return scalars[value]
+
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for n in range(self._num_timesteps):
+                if self.interrupt:
+                    continue
+                if not guided and self.guidance_scale != 1:
+                    raise ValueError(
+                        "`guidance_scale` may change only in a run that is guided from the first step on, as the null "
+                        f"condition has not been read otherwise, got {self.guidance_scale!r} before step {n}."
+                    )
+                output = self.transformer(
+                    latents,
+                    positions[n : n + 1],
+                    uniforms[:, n],
+                    guidance_scale=scalar(self.guidance_scale) if guided else None,
+                    temperature=scalar(temperature),
+                    top_k=top_k,
+                    top_p=top_p,
+                    **condition,
+                )
+                row, column = divmod(n, latents.shape[2])
+                known = latents[:, row, column]  # (B, D)
+                latents = latents.clone()  # a callback may have kept the last one
+                latents[:, row, column] = torch.where(known == self.transformer.mask_token_id, output.stacks, known)
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    callback_outputs = callback_on_step_end(self, n, n, callback_kwargs) or {}
+                    latents = callback_outputs.pop("latents", latents)
+                progress_bar.update()
+
+        # 4. Decode
+        images = self.decode_latents(latents, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
