@@ -119,8 +119,8 @@ class TransformerBlock(nn.Module):
         return hidden_states, key, value
 
 
-# Blocks of different shapes are different classes, each with a `forward` of its own: `compile_repeated_blocks` compiles
-# each of them, and dynamo counts recompilations by function.
+# Blocks of different shapes are different classes, each with a `forward` of its own: `compile_repeated_blocks`
+# compiles each of them, and dynamo counts recompilations by function.
 class SpatialTransformerBlock(TransformerBlock):
     """Sees the h·w positions of an image and the condition before them."""
 

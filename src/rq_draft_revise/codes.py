@@ -87,7 +87,7 @@ class Codebook(nn.Module):
         self.register_buffer("vectors", torch.zeros(num_codebooks, codebook_size + 1, dim))
 
     def forward(self, codes: torch.Tensor, depth: int | None = None) -> torch.Tensor:
-        """Vectors of codes of the first d depths, `(..., d)` -> `(..., d, dim)`, or of one, `(...)` -> `(..., dim)`."""
+        """Vectors of codes: `(..., d)` of the first d depths -> `(..., d, dim)`, or `(...)` of one -> `(..., dim)`."""
         if depth is not None:
             return self.vectors[min(depth, self.vectors.shape[0] - 1)][codes]
         return embed_codes(self.vectors, codes)

@@ -22,8 +22,8 @@ class ContextualRQTransformerOutput(BaseOutput):
     """Teacher forcing.
 
     Args:
-        logits (`torch.Tensor` of shape `(batch_size, n, code_depth, codebook_size)`): At the n positions of each image;
-            `(sum of n, code_depth, codebook_size)` where images have different numbers of masked positions.
+        logits (`torch.Tensor` of shape `(batch_size, n, code_depth, codebook_size)`): At the n positions of each
+            image; `(sum of n, code_depth, codebook_size)` where images have different numbers of masked positions.
         loss (`torch.Tensor`, scalar): `image_loss`, or with text its weighted mean with `text_loss`.
         image_loss (`torch.Tensor`, scalar): Mean negative log-likelihood (nats) of the codes at the positions.
         text_loss (`torch.Tensor`, scalar): Mean negative log-likelihood of each next text token.
@@ -42,8 +42,8 @@ class StackSampleOutput(BaseOutput):
     """Sampled stacks.
 
     Args:
-        log_probs (`torch.Tensor` of shape `(batch_size, n)`, float32): Log-probability of each whole stack, the sum over
-            its codes, under the distribution that was sampled.
+        log_probs (`torch.Tensor` of shape `(batch_size, n)`, float32): Log-probability of each whole stack, the sum
+            over its codes, under the distribution that was sampled.
         stacks (`torch.Tensor` of shape `(batch_size, n, code_depth)`, int64): Codes in `[0, codebook_size)`.
     """
 
@@ -56,8 +56,8 @@ class PrefixOutput(BaseOutput):
     """The condition, ready for any number of sampling steps.
 
     Args:
-        prefix_key_values (`torch.Tensor` of shape `(num_spatial_layers, 2, batch_size, prefix_length, num_attention_heads,
-            attention_head_dim)`): Keys and values of the condition in each spatial block.
+        prefix_key_values (`torch.Tensor` of shape `(num_spatial_layers, 2, batch_size, prefix_length,
+            num_attention_heads, attention_head_dim)`): Keys and values of the condition in each spatial block.
     """
 
     prefix_key_values: torch.Tensor
@@ -70,8 +70,9 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
     gives a context vector at each position; a causal *depth* transformer turns the contexts of the positions asked for
     into their D codes. The defaults are the ImageNet model of 371,111,168 parameters (Table 1) and its null class.
 
-    The condition is a prefix that attends causally to itself alone, while image positions attend to everything: its keys
-    and values never depend on the image, so they are computed once a prompt, and next-token loss on the text cannot leak.
+    The condition is a prefix that attends causally to itself alone, while image positions attend to everything: its
+    keys and values never depend on the image, so they are computed once a prompt, and next-token loss on the text
+    cannot leak.
 
     Args:
         height (`int`, defaults to 8), width (`int`, defaults to 8): Positions of the code map.
@@ -83,8 +84,8 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         num_attention_heads (`int`, defaults to 16), attention_head_dim (`int`, defaults to 64): d is their product.
         dropout (`float`, defaults to 0.1): On the output of each attention and MLP while training.
         num_classes (`int`, *optional*): Class-conditional; label `num_classes` is the null class.
-        text_vocab_size (`int`, *optional*): Text-conditional; token `text_vocab_size`, which no tokenizer gives, in all
-            places of a row is the null text.
+        text_vocab_size (`int`, *optional*): Text-conditional; token `text_vocab_size`, which no tokenizer gives, in
+            all places of a row is the null text.
         max_text_length (`int`, defaults to 32): Tokens of a text.
         text_loss_weight (`float`, defaults to 0.1): Weight of the text loss; the image loss has the rest.
     """
@@ -229,17 +230,20 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         - no `codes`: the keys and values of the condition, for `prefix_key_values` of later calls.
 
         Args:
-            codes (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): The code map; masked
-                stacks hold `mask_token_id`.
-            positions (`torch.Tensor` of shape `(batch_size, n)`, int64, *optional*): Row-major positions to predict. By
-                default all that are masked in `codes`, found by a call that waits for the device.
-            uniforms (`torch.Tensor` of shape `(batch_size, n, code_depth)`, *optional*): In `[0, 1)`, one number a code.
-            class_labels (`torch.Tensor` of shape `(batch_size,)`, int64, *optional*): In `[0, num_classes]`, the last the
-                null class.
-            input_ids (`torch.Tensor` of shape `(batch_size, max_text_length)`, int64, *optional*): Text, padded to full
-                length.
-            labels (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): The true code map.
-            prefix_key_values (`torch.Tensor`, *optional*): From [`PrefixOutput`], instead of `class_labels` or `input_ids`.
+            codes (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): The code map;
+                masked stacks hold `mask_token_id`.
+            positions (`torch.Tensor` of shape `(batch_size, n)`, int64, *optional*): Row-major positions to predict.
+                By default all that are masked in `codes`, found by a call that waits for the device.
+            uniforms (`torch.Tensor` of shape `(batch_size, n, code_depth)`, *optional*): In `[0, 1)`, one number a
+                code.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, int64, *optional*): In `[0, num_classes]`, the last
+                the null class.
+            input_ids (`torch.Tensor` of shape `(batch_size, max_text_length)`, int64, *optional*): Text, padded to
+                full length.
+            labels (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): The true
+                code map.
+            prefix_key_values (`torch.Tensor`, *optional*): From [`PrefixOutput`], instead of `class_labels` or
+                `input_ids`.
             guidance_scale (`float` or scalar tensor, *optional*): Classifier-free guidance
                 `ℓ = ℓ_u + s(ℓ_c - ℓ_u)` while sampling. The condition then has `2 * batch_size` rows: the conditions,
                 then the null conditions.
@@ -249,19 +253,22 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
             return_dict (`bool`, defaults to `True`): An output class, or its fields as a tuple.
 
         Raises:
-            `ValueError`: shapes that do not fit the model or each other, a condition missing or not known to the model,
-                both or neither of `labels` and `uniforms`, a temperature or the like that nothing can be sampled with. On the
-                CPU also values out of range; on an accelerator reading them would wait for the device.
+            `ValueError`: shapes that do not fit the model or each other, a condition missing or not known to the
+                model, both or neither of `labels` and `uniforms`, a temperature or the like that nothing can be
+                sampled with. On the CPU also values out of range; on an accelerator reading them would wait for the
+                device.
         """
-        self._check_inputs(codes, positions, uniforms, class_labels, input_ids, labels, prefix_key_values, guidance_scale)
+        self._check_inputs(
+            codes, positions, uniforms, class_labels, input_ids, labels, prefix_key_values, guidance_scale
+        )
         self._check_values(codes, positions, class_labels, input_ids, labels)
         check_step_sampling(guidance_scale, temperature, top_k, top_p)
         if codes is not None:
             index, shape = self._positions_to_index(codes, positions)  # (M,), leading shape of the result
             if uniforms is not None and tuple(uniforms.shape) != (*shape, self.config.code_depth):
                 raise ValueError(
-                    f"`uniforms` must have shape {(*shape, self.config.code_depth)}, as `positions` or the mask ask for, "
-                    f"got {tuple(uniforms.shape)}."
+                    f"`uniforms` must have shape {(*shape, self.config.code_depth)}, as `positions` or the mask ask "
+                    f"for, got {tuple(uniforms.shape)}."
                 )
         prefix_states = None
         if class_labels is not None or input_ids is not None:
@@ -298,7 +305,7 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         return ContextualRQTransformerOutput(logits, loss, image_loss, text_loss, text_logits)
 
     def _encode_prefix(self, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels or tokens `(B, P)` -> hidden states `(B, P, d)`, keys and values `(layers, 2, B, P, heads, d/heads)`."""
+        """Labels or tokens `(B, P)` -> hidden states `(B, P, d)`, keys and values `(layers, 2, B, P, H, d/H)`."""
         hidden_states = self.condition_embedding(condition) + self.prefix_position_embedding  # (B, P, d)
         keys, values = [], []
         for block in self.blocks:
@@ -313,9 +320,11 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
     def _encode_codes(self, codes: torch.Tensor, prefix: torch.Tensor | None, guided: bool) -> torch.Tensor:
         """Code map `(B, h, w, D)` -> context `(B, N, d)`, or `(2B, N, d)` when guided."""
         codes = codes.flatten(1, 2)  # (B, N, D)
-        masked = (codes[..., :1] == self.mask_token_id)  # (B, N, 1)
+        masked = codes[..., :1] == self.mask_token_id  # (B, N, 1)
         known = project_vectors(self.input_projection, self.depth_transformer.codebook(codes))  # (B, N, d)
-        hidden_states = torch.where(masked, self.input_projection(self.mask_embedding), known) + self.position_embedding
+        hidden_states = (
+            torch.where(masked, self.input_projection(self.mask_embedding), known) + self.position_embedding
+        )
         if guided:
             hidden_states = torch.cat([hidden_states, hidden_states])  # (2B, N, d)
         for i, block in enumerate(self.blocks):
@@ -393,7 +402,9 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
                     f"{tuple(labels.shape)}."
                 )
             if labels is not None and guidance_scale is not None:
-                raise ValueError(f"`guidance_scale` is for sampling and must be None with `labels`, got {guidance_scale}.")
+                raise ValueError(
+                    f"`guidance_scale` is for sampling and must be None with `labels`, got {guidance_scale}."
+                )
             if positions is not None and (
                 positions.ndim != 2
                 or positions.shape[0] != batch_size
@@ -401,7 +412,8 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
                 or positions.dtype != torch.int64
             ):
                 raise ValueError(
-                    f"`positions` must be int64 of shape ({batch_size}, n), got {positions.dtype} of {tuple(positions.shape)}."
+                    f"`positions` must be int64 of shape ({batch_size}, n), got {positions.dtype} of "
+                    f"{tuple(positions.shape)}."
                 )
             if uniforms is not None and not uniforms.is_floating_point():
                 raise ValueError(f"`uniforms` must be floating-point numbers in [0, 1), got {uniforms.dtype}.")
@@ -410,7 +422,8 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
             class_labels.ndim != 1 or class_labels.dtype != torch.int64 or not len(class_labels)
         ):
             raise ValueError(
-                f"`class_labels` must be int64 of shape (batch_size,), got {class_labels.dtype} of {tuple(class_labels.shape)}."
+                f"`class_labels` must be int64 of shape (batch_size,), got {class_labels.dtype} of "
+                f"{tuple(class_labels.shape)}."
             )
         if input_ids is not None and (
             input_ids.ndim != 2

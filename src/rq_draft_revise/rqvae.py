@@ -1,5 +1,5 @@
-"""RQ-VAE: images to stacks of codes and back (Lee et al., "Autoregressive Image Generation using Residual Quantization",
-CVPR 2022; the first stage of Draft-and-Revise)."""
+"""RQ-VAE: images to stacks of codes and back (Lee et al., "Autoregressive Image Generation using Residual
+Quantization", CVPR 2022; the first stage of Draft-and-Revise)."""
 
 from dataclasses import dataclass
 from numbers import Real
@@ -84,15 +84,21 @@ class ResidualQuantizer(nn.Module):
 
     With r_0 = z: `code_d = argmin_k ‖r_{d-1} - e_k‖²`, `r_d = r_{d-1} - e(code_d)`, `z^(d) = Σ_{i≤d} e(code_i)`.
 
-    One tensor `codebook` of shape `(num_codebooks, codebook_size + 1, dim)` holds everything, where `num_codebooks` is 1
-    if the depths share a codebook and D otherwise. Its last row is zero: `mask_token_id` embeds as nothing.
+    One tensor `codebook` of shape `(num_codebooks, codebook_size + 1, dim)` holds everything, where `num_codebooks` is
+    1 if the depths share a codebook and D otherwise. Its last row is zero: `mask_token_id` embeds as nothing.
 
     The codebook learns by exponential moving averages in [`update`], never in `forward`, so that gradient accumulation
     and evaluation cannot disturb it. Distances and averages are float32 whatever the autocast.
     """
 
     def __init__(
-        self, codebook_size: int, dim: int, depth: int, shared_codebook: bool, ema_decay: float, restart_threshold: float
+        self,
+        codebook_size: int,
+        dim: int,
+        depth: int,
+        shared_codebook: bool,
+        ema_decay: float,
+        restart_threshold: float,
     ):
         super().__init__()
         self.codebook_size, self.depth = codebook_size, depth
@@ -109,7 +115,7 @@ class ResidualQuantizer(nn.Module):
         return 0 if self.codebook.shape[0] == 1 else depth
 
     def distances(self, residual: torch.Tensor, depth: int) -> torch.Tensor:
-        """Squared distances up to ‖r‖², which no argmin or softmax sees: `(n, dim)` -> `(n, codebook_size)`, float32."""
+        """Squared distances, float32, up to ‖r‖², which no argmin or softmax sees: `(n, dim)` -> `(n, K)`."""
         vectors = self.codebook[self._book(depth), :-1].float()
         with torch.autocast(residual.device.type, enabled=False):
             return vectors.square().sum(dim=-1) - 2 * residual.float() @ vectors.T
@@ -134,9 +140,9 @@ class ResidualQuantizer(nn.Module):
             tau (`float`), stochastic (`bool`), generator (`torch.Generator`): As in [`RQVAEModel.soft_codes`].
 
         Returns:
-            - of `latents`: quantized `(..., dim)` with the straight-through gradient, codes `(..., D)`, commitment loss
-              (scalar): the mean over d of ‖z - sg[z^(d)]‖² (mean over elements), which asks of every prefix of the stack
-              that it come close, not only of the whole.
+            - of `latents`: quantized `(..., dim)` with the straight-through gradient, codes `(..., D)`, commitment
+              loss (scalar): the mean over d of ‖z - sg[z^(d)]‖² (mean over elements), which asks of every prefix of
+              the stack that it come close, not only of the whole.
             - of `codes`: z^(d) `(..., dim)`.
             - of `latents` and `tau`: probabilities `(..., D, codebook_size)` and codes `(..., D)`.
         """
@@ -211,7 +217,9 @@ class ResidualQuantizer(nn.Module):
         num_restarted = 0
         pools = [torch.cat(inputs)] if shared else inputs
         for book, pool in enumerate(pools):
-            num_restarted += self._restart(book, pool, even_share=counts[book].sum() / self.codebook_size, generator=generator)
+            num_restarted += self._restart(
+                book, pool, even_share=counts[book].sum() / self.codebook_size, generator=generator
+            )
 
         frequencies = counts_by_depth / counts_by_depth.sum(dim=-1, keepdim=True)
         return CodebookUpdateOutput(
@@ -220,7 +228,9 @@ class ResidualQuantizer(nn.Module):
             num_restarted=torch.tensor(num_restarted),
         )
 
-    def _restart(self, book: int, pool: torch.Tensor, even_share: torch.Tensor, generator: torch.Generator | None) -> int:
+    def _restart(
+        self, book: int, pool: torch.Tensor, even_share: torch.Tensor, generator: torch.Generator | None
+    ) -> int:
         """Move the unused codes of one codebook onto vectors of `pool`, each with an even share as its new history."""
         unused = (self.ema_counts[book] < self.restart_threshold * even_share).nonzero().squeeze(-1)
         device = generator.device if generator is not None else pool.device
@@ -242,9 +252,9 @@ class ResidualQuantizer(nn.Module):
 class RQVAEModel(ModelMixin, ConfigMixin):
     r"""Residual-quantized variational autoencoder: an image becomes `h * w` stacks of `code_depth` codes.
 
-    The network is VQGAN's, expressed by diffusers' own `Encoder` and `Decoder`; with `code_depth=1` this *is* VQGAN. The
-    defaults are the published ImageNet model: 256×256 pixels, 8×8×4 codes, 104,402,051 parameters with the codebook
-    counted once, its padding row included.
+    The network is VQGAN's, expressed by diffusers' own `Encoder` and `Decoder`; with `code_depth=1` this *is* VQGAN.
+    The defaults are the published ImageNet model: 256×256 pixels, 8×8×4 codes, 104,402,051 parameters with the
+    codebook counted once, its padding row included.
 
     Args:
         in_channels (`int`, defaults to 3), out_channels (`int`, defaults to 3): Channels of the image.
@@ -263,8 +273,8 @@ class RQVAEModel(ModelMixin, ConfigMixin):
         patch_size (`int`, defaults to 1): Pixel-unshuffle before the encoder and pixel-shuffle after the decoder; 1 in
             the paper's models, more makes a model for small machines.
         sample_size (`int`, defaults to 256): Height and width of the images that the model was trained on, in pixels.
-        force_upcast (`bool`, defaults to `True`): Pipelines decode in float32 when the model is in float16, whose range
-            the decoder's activations can leave.
+        force_upcast (`bool`, defaults to `True`): Pipelines decode in float32 when the model is in float16, whose
+            range the decoder's activations can leave.
     """
 
     _supports_gradient_checkpointing = True
@@ -399,8 +409,8 @@ class RQVAEModel(ModelMixin, ConfigMixin):
             codes (`torch.Tensor` of shape `(batch_size, h, w, code_depth)`, int64): Codes; masked positions decode as
                 the zero vector.
             depth (`int`, *optional*): Decode from the first `depth` codes of each stack alone; by default from all.
-            return_dict (`bool`, defaults to `True`): A `DecoderOutput` with `sample` `(batch_size, out_channels, H, W)`,
-                about in `[-1, 1]`, or a tuple of it.
+            return_dict (`bool`, defaults to `True`): A `DecoderOutput` with `sample` `(batch_size, out_channels, H,
+                W)`, about in `[-1, 1]`, or a tuple of it.
 
         Raises:
             `ValueError`: `codes` is no code map of this model, or `depth` is not in `[1, code_depth]`.
