@@ -10,7 +10,14 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rq_draft_revise import ContextualRQTransformerModel, DraftAndRevisePipeline, DraftAndReviseScheduler, RQVAEModel
+from rq_draft_revise import (
+    ContextualRQTransformerModel,
+    DraftAndRevisePipeline,
+    DraftAndReviseScheduler,
+    RQTransformerModel,
+    RQTransformerPipeline,
+    RQVAEModel,
+)
 
 
 CODEBOOK_SIZE = 50
@@ -94,6 +101,43 @@ def tiny_transformer(
     return transformer.eval()
 
 
+def tiny_rq_transformer(
+    condition: str | None = "class",
+    code_depth: int = CODE_DEPTH,
+    seed: int = 0,
+    vae: RQVAEModel | None = None,
+    **config,
+) -> RQTransformerModel:
+    """As `tiny_transformer`, for the autoregressive baseline, with a null condition."""
+    if condition not in CONDITIONS:
+        raise ValueError(f"`condition` must be one of {CONDITIONS}, got {condition!r}.")
+    if vae is None:
+        vae = tiny_vae(seed, code_depth=code_depth, shared_codebook=config.get("shared_codebook", True))
+    arguments = dict(
+        height=4,
+        width=4,
+        code_depth=vae.config.code_depth,
+        codebook_size=vae.config.codebook_size,
+        codebook_dim=vae.config.latent_channels,
+        num_spatial_layers=2,
+        num_depth_layers=2,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        dropout=0.0,
+        num_classes=NUM_CLASSES if condition == "class" else None,
+        text_vocab_size=len(WORDS) if condition == "text" else None,
+        max_text_length=MAX_TEXT_LENGTH,
+        null_condition=condition is not None,
+    )
+    with seeded(seed):
+        transformer = RQTransformerModel(**{**arguments, **config})
+        with torch.no_grad():
+            for parameter in transformer.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    transformer.set_codebook(vae.quantizer.codebook)
+    return transformer.eval()
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A token a word, `WORDS` in order; others are `[UNK]`."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
@@ -117,19 +161,31 @@ def tiny_pipeline(condition: str | None = "text", seed: int = 0, scheduler: dict
     )
 
 
+def tiny_rq_pipeline(condition: str | None = "text", seed: int = 0, defaults: dict | None = None, **config):
+    """The baseline's pipeline; `defaults` are those of its call, `config` is the transformer's."""
+    vae = tiny_vae(seed)
+    return RQTransformerPipeline(
+        vae=vae,
+        transformer=tiny_rq_transformer(condition, seed=seed, vae=vae, **config),
+        tokenizer=tiny_tokenizer() if condition == "text" else None,
+        id2label={i: f"class {i}, alias {i}" for i in range(NUM_CLASSES)} if condition == "class" else None,
+        **(defaults or {}),
+    )
+
+
 def random_pixels(batch_size: int = 2, size: int = 8, seed: int = 0) -> torch.Tensor:
     """`(batch_size, 3, size, size)` in `[-1, 1]`."""
     return 2 * torch.rand(batch_size, 3, size, size, generator=torch.Generator().manual_seed(seed)) - 1
 
 
 def random_codes(model, batch_size: int = 2, seed: int = 0) -> torch.Tensor:
-    """A code map of `model` `(batch_size, 4, 4, code_depth)` without a mask."""
-    shape = (batch_size, 4, 4, model.config.code_depth)
+    """A code map of `model` `(batch_size, 4, 4, code_depth)` without a mask; other sizes where it has them."""
+    shape = (batch_size, model.config.get("height", 4), model.config.get("width", 4), model.config.code_depth)
     return torch.randint(model.config.codebook_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def random_condition(
-    model: ContextualRQTransformerModel, batch_size: int = 2, seed: int = 0
+    model: ContextualRQTransformerModel | RQTransformerModel, batch_size: int = 2, seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """The keyword argument that conditions `model`, without null conditions; empty for an unconditional one."""
     generator = torch.Generator().manual_seed(seed)

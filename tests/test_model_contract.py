@@ -20,6 +20,7 @@ from components import (
     random_pixels,
     seeded,
     tiny_pipeline,
+    tiny_rq_transformer,
     tiny_transformer,
     tiny_vae,
 )
@@ -30,7 +31,7 @@ from peft import LoraConfig
 from torch._dynamo.utils import counters
 
 import rq_draft_revise.attention
-from rq_draft_revise import ContextualRQTransformerModel, RQVAEModel
+from rq_draft_revise import ContextualRQTransformerModel, RQTransformerModel, RQVAEModel
 from rq_draft_revise.attention import SelfAttentionProcessor
 
 
@@ -101,10 +102,31 @@ TRANSFORMER_CALLS = {
     "prefix": lambda model: model(**random_condition(model), return_dict=False),
 }
 
+
+def sample_two_stacks(model) -> list[torch.Tensor]:
+    """Of the baseline: log-probabilities, stacks and the cache of two steps."""
+    codes, condition, outputs = random_codes(model), random_condition(model), []
+    cache = model(**condition).past_key_values
+    for n in range(2):
+        uniforms = torch.rand(2, 3, generator=torch.Generator().manual_seed(n))
+        step = dict(codes=codes, position=torch.tensor([n]), uniforms=uniforms, past_key_values=cache)
+        outputs += model(**step, **condition, return_dict=False)[:2]
+    return [*outputs, cache]
+
+
+RQ_TRANSFORMER_CALLS = {
+    "teacher forcing": lambda model: model(labels=random_codes(model), **random_condition(model), return_dict=False),
+    "sampling": sample_two_stacks,
+    "cache": lambda model: model(**random_condition(model), return_dict=False),
+}
+
 CASES = {
     "rqvae": Case(tiny_vae, RQVAEModel, VAE_CALLS, smooth="decode.0"),
     "transformer": Case(
         lambda: tiny_transformer("text"), ContextualRQTransformerModel, TRANSFORMER_CALLS, smooth="teacher forcing.0"
+    ),
+    "baseline": Case(
+        lambda: tiny_rq_transformer("text"), RQTransformerModel, RQ_TRANSFORMER_CALLS, smooth="teacher forcing.0"
     ),
 }
 

@@ -58,10 +58,12 @@ def test_parameters_and_sampler_of_table_1(name):
 
 
 def test_model_indexes_name_the_frozen_module_paths():
-    for path in PIPELINES.glob("*/model_index.json"):
+    # the baseline's have a test of their own
+    paths = [path for path in PIPELINES.glob("*/model_index.json") if not path.parent.name.startswith("rq-")]
+    for path in paths:
         index = json.loads(path.read_text())
         assert index["_class_name"] == "DraftAndRevisePipeline", path
         assert index["vae"] == ["rq_draft_revise.rqvae", "RQVAEModel"], path
         assert index["transformer"] == ["rq_draft_revise.contextual_rq_transformer", "ContextualRQTransformerModel"]
         assert index["scheduler"] == ["rq_draft_revise.scheduling_draft_and_revise", "DraftAndReviseScheduler"], path
-    assert len(list(PIPELINES.glob("*/model_index.json"))) >= len(TABLE_1)
+    assert len(paths) >= len(TABLE_1)

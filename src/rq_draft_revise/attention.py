@@ -28,8 +28,8 @@ class SelfAttentionProcessor:
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))  # (B, L, H, d/H)
         attn_mask = None
         if slot is not None:
-            past_key.index_copy_(1, slot, key.to(past_key.dtype))
-            past_value.index_copy_(1, slot, value.to(past_value.dtype))
+            past_key.index_copy_(1, slot, key.detach().to(past_key.dtype))
+            past_value.index_copy_(1, slot, value.detach().to(past_value.dtype))
             key, value = past_key.to(key.dtype), past_value.to(value.dtype)  # (B, P, H, d/H)
             attn_mask = (torch.arange(key.shape[1], device=key.device) <= slot)[None, None, None]  # (1, 1, 1, P)
         elif past_key is not None:

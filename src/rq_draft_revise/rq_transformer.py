@@ -298,7 +298,8 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
             stacks = torch.cat([stacks, stacks])  # (2B, 1, d)
         hidden_states = torch.where(position == 0, prefix[:, -1:], stacks)
         slot = position + self.prefix_length - 1
-        for block, cache in zip(self.blocks, past_key_values, strict=True):
+        for i, block in enumerate(self.blocks):
+            cache = past_key_values[i]  # by index: autograd forbids to write into what iterating over a tensor gives
             hidden_states, _, _ = block(hidden_states, cache[0], cache[1], False, slot)
         stacks, log_probs = self.depth_transformer(
             hidden_states.squeeze(1),  # (B, d), or (2B, d) with guidance
@@ -344,12 +345,12 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         """The cache after all but the last of the embedded condition `(B, P, d)`."""
         batch_size, known = prefix.shape[0], prefix.shape[1] - 1
         heads = (self.config.num_attention_heads, self.config.attention_head_dim)
-        caches = prefix.new_zeros(len(self.blocks), 2, batch_size, known + self.num_positions, *heads)
+        cache = prefix.new_zeros(len(self.blocks), 2, batch_size, known + self.num_positions, *heads)
         if known > 0:
             hidden_states = prefix[:, :-1]  # (B, P-1, d)
-            for block, cache in zip(self.blocks, caches, strict=True):
-                hidden_states, cache[0, :, :known], cache[1, :, :known] = block(hidden_states, is_causal=True)
-        return caches
+            for i, block in enumerate(self.blocks):
+                hidden_states, cache[i, 0, :, :known], cache[i, 1, :, :known] = block(hidden_states, is_causal=True)
+        return cache
 
     def _text_loss(self, prefix_states: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Next-token logits `(B, P-1, V)` and their mean negative log-likelihood over the rows that hold a text."""

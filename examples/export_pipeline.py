@@ -1,0 +1,45 @@
+"""Make a trained pipeline ready to publish: cast, in small files, without the paths of the machine that made it.
+
+    python examples/export_pipeline.py runs/emoji-transformer pipelines/emoji-scenes --dtype float16
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from rq_draft_revise import DraftAndRevisePipeline
+
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline", help="Folder of the trained pipeline.")
+    parser.add_argument("output_dir", help="Folder to write; files of the same names are replaced.")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="Of the weights; the codebook stays float32.")
+    parser.add_argument("--max_shard_size", default="16MB", help="Of each file of weights.")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    pipe = DraftAndRevisePipeline.from_pretrained(args.pipeline, torch_dtype=DTYPES[args.dtype])
+    pipe.save_pretrained(args.output_dir, max_shard_size=args.max_shard_size)
+    folder = Path(args.output_dir)
+    for path in [folder / "model_index.json", *sorted(folder.glob("*/*config.json"))]:
+        content = json.loads(path.read_text())
+        for name in ("_name_or_path", "is_local", "local_files_only"):
+            content.pop(name, None)
+        if content.get("tokenizer_class") == "TokenizersBackend":
+            # transformers 5 renamed the class; 4 and 5 both know the old name
+            content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    files = [path for path in folder.glob("**/*") if path.is_file()]
+    print(f"Wrote {folder}: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB in {len(files)} files.")
+
+
+if __name__ == "__main__":
+    main()
