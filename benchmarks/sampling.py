@@ -19,6 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rq_draft_revise import ContextualRQTransformerModel, DraftAndRevisePipeline
+from rq_draft_revise.conditions import condition_ids
 
 
 PIPELINE = "DraftAndRevisePipeline"
@@ -121,7 +122,7 @@ def time_sampling(args) -> dict:
     condition, naive = {}, {}
     if transformer.config.text_vocab_size is not None:
         condition["prompt"] = [args.prompt] * args.batch_size
-        naive["input_ids"] = pipe._tokenize(condition["prompt"]).to(device)
+        naive = condition_ids(transformer, pipe.tokenizer, prompt=condition["prompt"], device=device)
     elif transformer.config.num_classes is not None:
         condition["class_labels"] = list(range(args.batch_size))
         naive["class_labels"] = torch.arange(args.batch_size, device=device)

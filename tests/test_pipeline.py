@@ -159,7 +159,7 @@ def test_a_negative_prompt_goes_with_its_prompt(text_pipe):
 def test_an_overlong_prompt_is_read_as_far_as_the_model_reads_and_said(text_pipe, caplog):
     words = PROMPTS[1].split()
     kept = " ".join(words[:6])
-    logger = logging.getLogger("rq_draft_revise.pipeline_draft_and_revise")
+    logger = logging.getLogger("rq_draft_revise.conditions")
     logger.addHandler(caplog.handler)
     try:
         overlong = codes_of(text_pipe, PROMPTS[1], generator=generator())

@@ -20,13 +20,20 @@ from diffusers import DiffusionPipeline
 import rq_draft_revise
 from rq_draft_revise import (
     ContextualRQTransformerModel,
+    DraftAndReviseInpaintPipeline,
     DraftAndRevisePipeline,
     DraftAndReviseScheduler,
     RQVAEModel,
 )
 
 
-PUBLIC = (RQVAEModel, ContextualRQTransformerModel, DraftAndReviseScheduler, DraftAndRevisePipeline)
+PUBLIC = (
+    RQVAEModel,
+    ContextualRQTransformerModel,
+    DraftAndReviseScheduler,
+    DraftAndRevisePipeline,
+    DraftAndReviseInpaintPipeline,
+)
 CALLS = {
     "text": dict(prompt=["a cat", "the owl at night"]),
     "class": dict(class_labels=["class 1", 4]),

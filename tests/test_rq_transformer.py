@@ -26,6 +26,7 @@ from torch._dynamo.utils import counters
 
 import rq_draft_revise
 from rq_draft_revise import RQTransformerModel, RQTransformerPipeline, RQVAEModel
+from rq_draft_revise.conditions import condition_ids
 
 
 PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
@@ -612,7 +613,7 @@ def test_the_pipeline_samples_what_the_naive_sampler_samples(condition):
     if condition == "class":
         arguments = dict(class_labels=torch.tensor([1, 4]))
     elif condition == "text":
-        arguments = dict(input_ids=pipe._tokenize(CALLS["text"]["prompt"]))
+        arguments = condition_ids(model, pipe.tokenizer, prompt=CALLS["text"]["prompt"])
     uniforms = torch.stack([torch.rand(16, 3, generator=generator) for generator in generators()])
     expected, _ = naive_sample(model, uniforms, arguments, scale, 0.9, [20, None, 10])
     assert torch.equal(codes, expected)

@@ -8,6 +8,7 @@ from naive_sampler import naive_draft_and_revise
 from torch.utils.flop_counter import FlopCounterMode
 
 from rq_draft_revise import ContextualRQTransformerModel, DraftAndReviseScheduler
+from rq_draft_revise.conditions import condition_ids
 
 
 @pytest.mark.parametrize("condition", ["class", "text", None])
@@ -23,7 +24,7 @@ def test_fast_sampler_equals_the_naive_one(condition):
         arguments, naive = dict(class_labels=[2, 0]), dict(class_labels=torch.tensor([2, 0]))
     if condition == "text":
         prompts = ["a volcano at dusk", "a cat"]
-        arguments, naive = dict(prompt=prompts), dict(input_ids=pipe._tokenize(prompts))
+        arguments, naive = dict(prompt=prompts), condition_ids(transformer, pipe.tokenizer, prompt=prompts)
     for name, value in naive.items():
         null[name] = torch.full_like(value, transformer.null_condition_id)
 

@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 from .contextual_rq_transformer import ContextualRQTransformerModel
 from .pipeline_draft_and_revise import DraftAndRevisePipeline
+from .pipeline_draft_and_revise_inpaint import DraftAndReviseInpaintPipeline
 from .pipeline_rq_transformer import RQTransformerPipeline
 from .rq_transformer import RQTransformerModel
 from .rqvae import RQVAEModel
@@ -16,6 +17,7 @@ from .scheduling_draft_and_revise import DraftAndReviseScheduler
 
 __all__ = [
     "ContextualRQTransformerModel",
+    "DraftAndReviseInpaintPipeline",
     "DraftAndRevisePipeline",
     "DraftAndReviseScheduler",
     "RQTransformerModel",

@@ -1,24 +1,27 @@
 """From a prompt or a class to an image: draft every position once, then revise the whole."""
 
-import contextlib
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils import logging
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from .codes import check_codes
+from .conditions import (
+    check_condition,
+    condition_ids,
+    count_images,
+    integer_labels,
+    names_to_ids,
+    recorded_tokenizer,
+)
 from .contextual_rq_transformer import ContextualRQTransformerModel
+from .images import check_same_codebook, decode_codes
 from .rqvae import RQVAEModel
-from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_generator, check_sampling
-
-
-logger = logging.get_logger(__name__)
+from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_generator, check_sampling, check_step_numbers
 
 
 class DraftAndRevisePipeline(DiffusionPipeline):
@@ -52,17 +55,12 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         if vae is not None and transformer is not None:
             check_same_codebook(vae, transformer)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, tokenizer=tokenizer)
-        # JSON has no integer keys
-        id2label = None if id2label is None else {int(label): name for label, name in id2label.items()}
-        self.register_to_config(id2label=id2label)
+        self.register_to_config(id2label=integer_labels(id2label))
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae.spatial_scale_factor if vae is not None else 1)
 
     def register_to_config(self, **kwargs) -> None:
         """As in diffusers, which calls it for every component set."""
-        if kwargs.get("tokenizer") == ("transformers", "TokenizersBackend"):
-            # transformers 5 renamed the class; model_index.json gets the name that 4.57 and 5 both know
-            kwargs["tokenizer"] = ("transformers", "PreTrainedTokenizerFast")
-        super().register_to_config(**kwargs)
+        super().register_to_config(**recorded_tokenizer(kwargs))
 
     @property
     def guidance_scale(self) -> float:
@@ -90,28 +88,7 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         Raises:
             `ValueError`: the pipeline has no `id2label`, a name is not in it, or `label` is no name.
         """
-        return self._names_to_ids(label, argument="label")
-
-    def _names_to_ids(self, label, argument: str) -> list[int]:
-        """[`get_label_ids`] for the `argument` that the errors are to name."""
-        labels = [label] if isinstance(label, str) else label
-        if not isinstance(labels, (list, tuple)) or not all(isinstance(name, str) for name in labels):
-            raise ValueError(f"`{argument}` must be a name or a list of names, got {label!r}.")
-        if self.config.id2label is None:
-            raise ValueError(
-                f"`{argument}` by name needs a pipeline with `id2label`, and this one has none: give class ids, got "
-                f"{label!r}."
-            )
-        ids = {
-            name.strip().lower(): int(i)
-            for i, names in self.config.id2label.items()
-            for name in [names, *names.split(",")]
-        }
-        unknown = [name for name in labels if name.strip().lower() not in ids]
-        if unknown:
-            examples = ", ".join(sorted(ids)[:5])
-            raise ValueError(f"`{argument}` must be names in `pipe.config.id2label` ({examples}, ...), got {unknown}.")
-        return [ids[name.strip().lower()] for name in labels]
+        return names_to_ids(label, self.config.id2label)
 
     def check_inputs(
         self,
@@ -137,53 +114,18 @@ class DraftAndRevisePipeline(DiffusionPipeline):
     ) -> None:
         """Refuse what [`__call__`] cannot do, each with a `ValueError` that names the argument and what is allowed."""
         config = self.transformer.config
-        if not _is_integer(num_images_per_prompt) or num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` must be a positive integer, got {num_images_per_prompt!r}.")
-
-        # the condition
-        if prompt is not None and class_labels is not None:
-            raise ValueError("Give `prompt` or `class_labels`, not both.")
-        if config.text_vocab_size is not None:
-            if prompt is None:
-                raise ValueError("`prompt` must be a string or a list of strings: this model is text-conditional.")
-            if self.tokenizer is None:
-                raise ValueError("`prompt` needs a pipeline with a `tokenizer`, and this one has none.")
-        elif prompt is not None:
-            kind = "unconditional" if config.num_classes is None else "class-conditional: give `class_labels`"
-            raise ValueError(f"`prompt` must be None: this model is {kind}.")
-        if config.num_classes is not None and class_labels is None:
-            raise ValueError("`class_labels` must be ids or names of classes: this model is class-conditional.")
-        if config.num_classes is None and class_labels is not None:
-            raise ValueError("`class_labels` must be None: this model is not class-conditional.")
-        for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if texts is None:
-                continue
-            texts = [texts] if isinstance(texts, str) else texts
-            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"`{name}` must be a string or a non-empty list of strings, got {texts!r}.")
-            if name == "prompt" and not all(text.strip() for text in texts):
-                raise ValueError(f"`prompt` must not be empty, got {texts!r}.")
-        if negative_prompt is not None and prompt is None:
-            raise ValueError("`negative_prompt` needs a `prompt`.")
-        if isinstance(negative_prompt, list):
-            num_prompts = 1 if isinstance(prompt, str) else len(prompt)
-            if len(negative_prompt) != num_prompts:
-                raise ValueError(
-                    f"`negative_prompt` must be one string or {num_prompts}, one a prompt, got {len(negative_prompt)}."
-                )
-        if class_labels is not None:
-            for label in self._class_ids(class_labels):
-                if not 0 <= label < config.num_classes:
-                    raise ValueError(f"`class_labels` must lie in [0, {config.num_classes - 1}], got {label}.")
+        check_condition(
+            config,
+            self.tokenizer,
+            self.config.id2label,
+            prompt=prompt,
+            class_labels=class_labels,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+        )
 
         # the sampler
-        for name, value, smallest in (
-            ("num_inference_steps", num_inference_steps, 0),
-            ("num_revise_steps", num_revise_steps, 1),
-            ("num_revisions", num_revisions, 0),
-        ):
-            if value is not None and (not _is_integer(value) or value < smallest):
-                raise ValueError(f"`{name}` must be an integer of at least {smallest}, got {value!r}.")
+        check_step_numbers(num_inference_steps, num_revise_steps, num_revisions)
         given = dict(
             guidance_scale=guidance_scale,
             temperature=temperature,
@@ -201,7 +143,7 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         # the rest
         if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
-        batch_size = self._batch_size(prompt, class_labels, num_images_per_prompt, latents)
+        batch_size = count_images(prompt, class_labels, num_images_per_prompt, self.config.id2label, latents)
         if latents is not None:
             check_codes(latents, config.code_depth, config.codebook_size, name="latents")
             expected = (batch_size, config.height, config.width, config.code_depth)
@@ -238,38 +180,6 @@ class DraftAndRevisePipeline(DiffusionPipeline):
             return self.transformer.num_positions
         return int((latents[..., 0] == self.transformer.mask_token_id).flatten(1).sum(dim=1).max())
 
-    def _class_ids(self, class_labels) -> list[int]:
-        """Ids of labels given as an id, a name, a tensor, or a list of ids and names."""
-        if isinstance(class_labels, torch.Tensor):
-            if class_labels.is_floating_point() or class_labels.ndim > 1:
-                raise ValueError(
-                    f"`class_labels` must be integers of shape (batch_size,), got {class_labels.dtype} "
-                    f"of shape {tuple(class_labels.shape)}."
-                )
-            class_labels = class_labels.tolist()
-        labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
-        if not labels:
-            raise ValueError(f"`class_labels` must not be empty, got {class_labels!r}.")
-        ids = []
-        for label in labels:
-            if isinstance(label, str):
-                ids += self._names_to_ids(label, argument="class_labels")
-            elif _is_integer(label):
-                ids.append(int(label))
-            else:
-                raise ValueError(f"`class_labels` must be ids or names of classes, got {label!r}.")
-        return ids
-
-    def _batch_size(self, prompt, class_labels, num_images_per_prompt, latents) -> int:
-        """Images of a call; without a condition they may be counted by `latents`."""
-        if prompt is not None:
-            return (1 if isinstance(prompt, str) else len(prompt)) * num_images_per_prompt
-        if class_labels is not None:
-            return len(self._class_ids(class_labels)) * num_images_per_prompt
-        if isinstance(latents, torch.Tensor) and latents.ndim == 4 and num_images_per_prompt == 1:
-            return latents.shape[0]
-        return num_images_per_prompt
-
     def encode_condition(
         self,
         prompt: str | list[str] | None = None,
@@ -291,41 +201,20 @@ class DraftAndRevisePipeline(DiffusionPipeline):
             `torch.Tensor` of shape `(num_spatial_layers, 2, rows, prefix_length, heads, head_dim)` with one row an
             image, or two with guidance (all conditions first); `None` for an unconditional model.
         """
-        device = device or self._execution_device
-        name = "class_labels" if class_labels is not None else "input_ids"
-        if class_labels is not None:
-            condition = torch.tensor(self._class_ids(class_labels), device=device)
-        elif prompt is not None:
-            condition = self._tokenize(prompt).to(device)
-        else:
+        condition = condition_ids(
+            self.transformer,
+            self.tokenizer,
+            self.config.id2label,
+            prompt=prompt,
+            class_labels=class_labels,
+            negative_prompt=negative_prompt,
+            do_classifier_free_guidance=do_classifier_free_guidance,
+            device=device or self._execution_device,
+        )
+        if not condition:
             return None
-        if do_classifier_free_guidance:
-            null = torch.full_like(condition, self.transformer.null_condition_id)
-            if negative_prompt is not None:
-                null = self._tokenize(negative_prompt).to(device).expand_as(condition)
-            condition = torch.cat([condition, null])
-        prefix = self.transformer(**{name: condition}).prefix_key_values
+        prefix = self.transformer(**condition).prefix_key_values
         return prefix.repeat_interleave(num_images_per_prompt, dim=2)
-
-    def _tokenize(self, prompt: str | list[str]) -> torch.Tensor:
-        """Token ids `(number of prompts, max_text_length)`, padded and truncated to that length."""
-        length = self.transformer.config.max_text_length
-        prompt = [prompt] if isinstance(prompt, str) else prompt
-        ids = self.tokenizer(
-            prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
-        largest, known = int(ids.max()), self.transformer.config.text_vocab_size
-        if largest >= known:
-            raise ValueError(
-                f"`prompt` has token {largest}, but the transformer knows only {known}: is `tokenizer` the one it was "
-                f"trained with? Got {prompt!r}."
-            )
-        for text, full in zip(prompt, self.tokenizer(prompt).input_ids, strict=True):
-            if len(full) > length:
-                logger.warning(
-                    f"`prompt` has {len(full)} tokens, of which the model reads the first {length}: {text!r}."
-                )
-        return ids
 
     def prepare_latents(self, batch_size: int, latents: torch.Tensor | None = None) -> torch.Tensor:
         """The code map to start from, `(batch_size, height, width, code_depth)`: all masked unless given."""
@@ -356,11 +245,7 @@ class DraftAndRevisePipeline(DiffusionPipeline):
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` `(batch_size, H, W, 3)` or `"pt"`
                 `(batch_size, 3, H, W)`, both in `[0, 1]`, or `"latent"` for the codes themselves.
         """
-        if output_type == "latent":
-            return latents
-        with torch.no_grad(), _float32_weights(self.vae):
-            image = self.vae.decode(latents).sample  # (B, 3, H, W)
-        return self.image_processor.postprocess(image.float(), output_type=output_type)
+        return decode_codes(self.vae, self.image_processor, latents, output_type=output_type)
 
     @torch.no_grad()
     def __call__(
@@ -452,7 +337,7 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         self._interrupt = False
 
         # 1. What to start from, and what to do
-        batch_size = self._batch_size(prompt, class_labels, num_images_per_prompt, latents)
+        batch_size = count_images(prompt, class_labels, num_images_per_prompt, self.config.id2label, latents)
         latents = self.prepare_latents(batch_size, latents)  # (B, h, w, D)
         self.prepare_steps(latents, num_inference_steps, num_revise_steps, num_revisions, selection)
         self.scheduler.set_partitions(latents, self.transformer.mask_token_id, generator)
@@ -509,55 +394,3 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         images = self.decode_latents(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def check_same_codebook(vae: RQVAEModel, transformer: ContextualRQTransformerModel) -> None:
-    """Raise a `ValueError` unless both models read codes in the same codebook, up to a rounding to half precision."""
-    ours, theirs = vae.quantizer.codebook, transformer.codebook
-    if vae.config.code_depth != transformer.config.code_depth:
-        raise ValueError(
-            f"`vae` and `transformer` must have the same code_depth, got {vae.config.code_depth} and "
-            f"{transformer.config.code_depth}."
-        )
-    if ours.shape != theirs.shape:
-        raise ValueError(
-            f"`vae` and `transformer` must have the same codebook, got shapes {tuple(ours.shape)} and "
-            f"{tuple(theirs.shape)}."
-        )
-    if ours.is_meta or theirs.is_meta:
-        return
-    # A cast to half precision and back leaves its rounding behind, 2⁻⁸ in bfloat16, and may hit one of the two only:
-    # the RQ-VAE's is loaded in float32 whatever the dtype. Codebooks of two trainings differ by as much as their
-    # vectors.
-    if not torch.allclose(ours.cpu().float(), theirs.cpu().float(), rtol=2**-7, atol=2**-24):
-        raise ValueError(
-            "`vae` and `transformer` must have the same codebook, got different values. A transformer takes over its "
-            "RQ-VAE's by `transformer.set_codebook(vae.quantizer.codebook)`, but must be trained on its codes."
-        )
-
-
-@contextlib.contextmanager
-def _float32_weights(vae: RQVAEModel):
-    """Within, a float16 RQ-VAE with `force_upcast` has float32 weights; afterwards its own again, bit for bit.
-
-    float16 ends at 65504, which a decoder's activations can pass. `vae.to(float32)` and back would not do: the second
-    cast takes along what is kept in float32, the codebook. Hooks that themselves cast or move weights one by one
-    (layerwise casting, group offloading) hold on to the tensors they know, so there the decoder stays in float16.
-    """
-    dtypes = {parameter.dtype for parameter in vae.parameters()}
-    if dtypes != {torch.float16} or not vae.config.force_upcast or _is_group_offload_enabled(vae):
-        yield
-        return
-    weights = [(module, name, weight) for module in vae.modules() for name, weight in module._parameters.items()]
-    weights = [(module, name, weight) for module, name, weight in weights if weight is not None]
-    try:
-        for module, name, weight in weights:
-            module._parameters[name] = torch.nn.Parameter(weight.float(), requires_grad=False)
-        yield
-    finally:
-        for module, name, weight in weights:
-            module._parameters[name] = weight
-
-
-def _is_integer(value) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

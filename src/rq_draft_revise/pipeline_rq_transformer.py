@@ -2,13 +2,23 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from .codes import check_codes
-from .pipeline_draft_and_revise import DraftAndRevisePipeline, _is_integer, check_same_codebook
+from .conditions import (
+    check_condition,
+    condition_ids,
+    count_images,
+    integer_labels,
+    names_to_ids,
+    recorded_tokenizer,
+)
+from .images import check_same_codebook, decode_codes
 from .rq_transformer import RQTransformerModel, per_depth
 from .rqvae import RQVAEModel
 from .scheduling_draft_and_revise import check_generator, check_sampling
@@ -57,28 +67,18 @@ class RQTransformerPipeline(DiffusionPipeline):
         self.register_modules(vae=vae, transformer=transformer, tokenizer=tokenizer)
         if transformer is not None:
             self._check_sampling(guidance_scale, temperature, top_k, top_p)
-        # JSON has no integer keys
-        id2label = None if id2label is None else {int(label): name for label, name in id2label.items()}
         self.register_to_config(
-            id2label=id2label, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
+            id2label=integer_labels(id2label),
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae.spatial_scale_factor if vae is not None else 1)
 
     def register_to_config(self, **kwargs) -> None:
         """As in diffusers, which calls it for every component set."""
-        if kwargs.get("tokenizer") == ("transformers", "TokenizersBackend"):
-            # transformers 5 renamed the class; model_index.json gets the name that 4.57 and 5 both know
-            kwargs["tokenizer"] = ("transformers", "PreTrainedTokenizerFast")
-        super().register_to_config(**kwargs)
-
-    # Names of classes, tokens and pixels do not depend on how codes are sampled.
-    get_label_ids = DraftAndRevisePipeline.get_label_ids
-    decode_latents = DraftAndRevisePipeline.decode_latents
-    prepare_latents = DraftAndRevisePipeline.prepare_latents
-    _names_to_ids = DraftAndRevisePipeline._names_to_ids
-    _class_ids = DraftAndRevisePipeline._class_ids
-    _batch_size = DraftAndRevisePipeline._batch_size
-    _tokenize = DraftAndRevisePipeline._tokenize
+        super().register_to_config(**recorded_tokenizer(kwargs))
 
     @property
     def guidance_scale(self) -> float:
@@ -94,6 +94,14 @@ class RQTransformerPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` in a callback to leave out the remaining steps."""
         return self._interrupt
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Class ids of names, such as `pipe.get_label_ids(["volcano"])`.
+
+        Raises:
+            `ValueError`: the pipeline has no `id2label`, a name is not in it, or `label` is no name.
+        """
+        return names_to_ids(label, self.config.id2label)
 
     def check_inputs(
         self,
@@ -113,38 +121,15 @@ class RQTransformerPipeline(DiffusionPipeline):
     ) -> None:
         """Refuse what [`__call__`] cannot do, each with a `ValueError` that names the argument and what is allowed."""
         config = self.transformer.config
-        if not _is_integer(num_images_per_prompt) or num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` must be a positive integer, got {num_images_per_prompt!r}.")
-
-        # the condition
-        if (prompt is None) != (config.text_vocab_size is None):
-            kind = "not text-conditional" if config.text_vocab_size is None else "text-conditional"
-            raise ValueError(f"`prompt` must be {'None' if prompt is not None else 'given'}: this model is {kind}.")
-        if (class_labels is None) != (config.num_classes is None):
-            kind = "not class-conditional" if config.num_classes is None else "class-conditional"
-            raise ValueError(
-                f"`class_labels` must be {'None' if class_labels is not None else 'given'}: this model is {kind}."
-            )
-        if prompt is not None and self.tokenizer is None:
-            raise ValueError("`prompt` needs a pipeline with a `tokenizer`, and this one has none.")
-        if negative_prompt is not None and prompt is None:
-            raise ValueError("`negative_prompt` needs a `prompt`.")
-        for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            texts = [texts] if isinstance(texts, str) else texts
-            if texts is None:
-                continue
-            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"`{name}` must be a string or a non-empty list of strings, got {texts!r}.")
-            if name == "prompt" and not all(text.strip() for text in texts):
-                raise ValueError(f"`prompt` must not be empty, got {texts!r}.")
-        num_prompts = len(prompt) if isinstance(prompt, list) else 1
-        if isinstance(negative_prompt, list) and len(negative_prompt) != num_prompts:
-            raise ValueError(
-                f"`negative_prompt` must be one string or {num_prompts}, one a prompt, got {len(negative_prompt)}."
-            )
-        for label in self._class_ids(class_labels) if class_labels is not None else []:
-            if not 0 <= label < config.num_classes:
-                raise ValueError(f"`class_labels` must lie in [0, {config.num_classes - 1}], got {label}.")
+        check_condition(
+            config,
+            self.tokenizer,
+            self.config.id2label,
+            prompt=prompt,
+            class_labels=class_labels,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+        )
 
         # the sampler
         given = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -161,7 +146,7 @@ class RQTransformerPipeline(DiffusionPipeline):
         # the rest
         if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
-        batch_size = self._batch_size(prompt, class_labels, num_images_per_prompt, latents)
+        batch_size = count_images(prompt, class_labels, num_images_per_prompt, self.config.id2label, latents)
         if latents is not None:
             check_codes(latents, config.code_depth, config.codebook_size, name="latents")
             expected = (batch_size, config.height, config.width, config.code_depth)
@@ -205,26 +190,30 @@ class RQTransformerPipeline(DiffusionPipeline):
             `past_key_values`, and with a condition `class_labels` or `input_ids`; one row an image, or two with
             guidance (all conditions first).
         """
-        device = device or self._execution_device
-        if class_labels is not None:
-            condition = torch.tensor(self._class_ids(class_labels), device=device)
-        elif prompt is not None:
-            condition = self._tokenize(prompt).to(device)
-        else:
+        condition = condition_ids(
+            self.transformer,
+            self.tokenizer,
+            self.config.id2label,
+            prompt=prompt,
+            class_labels=class_labels,
+            negative_prompt=negative_prompt,
+            do_classifier_free_guidance=do_classifier_free_guidance,
+            device=device or self._execution_device,
+        )
+        if not condition:
             return {"past_key_values": self.transformer(latents).past_key_values}
-        if do_classifier_free_guidance:
-            if negative_prompt is not None:
-                null = self._tokenize(negative_prompt).to(device).expand_as(condition)
-            else:
-                null = torch.full_like(condition, self.transformer.null_condition_id)
-            condition = torch.cat([condition, null])
-        name = "class_labels" if class_labels is not None else "input_ids"
         # read once a prompt, not once an image
-        past_key_values = self.transformer(**{name: condition}).past_key_values
-        return {
-            name: condition.repeat_interleave(num_images_per_prompt, dim=0),
-            "past_key_values": past_key_values.repeat_interleave(num_images_per_prompt, dim=2),
-        }
+        past_key_values = self.transformer(**condition).past_key_values
+        condition = {name: ids.repeat_interleave(num_images_per_prompt, dim=0) for name, ids in condition.items()}
+        return condition | {"past_key_values": past_key_values.repeat_interleave(num_images_per_prompt, dim=2)}
+
+    def prepare_latents(self, batch_size: int, latents: torch.Tensor | None = None) -> torch.Tensor:
+        """The code map to start from, `(batch_size, height, width, code_depth)`: all masked unless given."""
+        config, device = self.transformer.config, self._execution_device
+        if latents is not None:
+            return latents.to(device)
+        shape = (batch_size, config.height, config.width, config.code_depth)
+        return torch.full(shape, self.transformer.mask_token_id, device=device)
 
     def prepare_uniforms(
         self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None = None
@@ -237,6 +226,18 @@ class RQTransformerPipeline(DiffusionPipeline):
             device = source.device if source is not None else "cpu"
             images.append(torch.rand(*shape, generator=source, device=device).to(self._execution_device))
         return torch.stack(images)
+
+    def decode_latents(
+        self, latents: torch.Tensor, output_type: str = "pil"
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
+        """Codes to images; undrafted positions decode as the zero vector, so a draft may be watched while it forms.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): Codes.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` `(batch_size, H, W, 3)` or `"pt"`
+                `(batch_size, 3, H, W)`, both in `[0, 1]`, or `"latent"` for the codes themselves.
+        """
+        return decode_codes(self.vae, self.image_processor, latents, output_type=output_type)
 
     @torch.no_grad()
     def __call__(
@@ -307,7 +308,7 @@ class RQTransformerPipeline(DiffusionPipeline):
         self._interrupt = False
 
         # 1. What to start from, and all that is random
-        batch_size = self._batch_size(prompt, class_labels, num_images_per_prompt, latents)
+        batch_size = count_images(prompt, class_labels, num_images_per_prompt, self.config.id2label, latents)
         latents = self.prepare_latents(batch_size, latents)  # (B, h, w, D)
         uniforms = self.prepare_uniforms(batch_size, generator)  # (B, N, D)
 

@@ -65,10 +65,21 @@ def check_sampling(
             )
     if not isinstance(selection, str) or selection not in SELECTIONS:
         raise ValueError(f"`selection` must be one of {SELECTIONS}, got {selection!r}.")
-    if top_k is not None and (not _is_integer(top_k) or top_k < 1):
+    if top_k is not None and (not is_integer(top_k) or top_k < 1):
         raise ValueError(f"`top_k` must be an integer of at least 1, got {top_k!r}.")
     if top_p is not None and (not _is_finite(top_p) or not 0 < top_p <= 1):
         raise ValueError(f"`top_p` must lie in (0, 1], got {top_p!r}.")
+
+
+def check_step_numbers(num_inference_steps=None, num_revise_steps=None, num_revisions=None) -> None:
+    """Refuse, with a `ValueError`, numbers that no run has, whatever its size. `None` stands for a default."""
+    for name, value, smallest in (
+        ("num_inference_steps", num_inference_steps, 0),
+        ("num_revise_steps", num_revise_steps, 1),
+        ("num_revisions", num_revisions, 0),
+    ):
+        if value is not None and (not is_integer(value) or value < smallest):
+            raise ValueError(f"`{name}` must be an integer of at least {smallest}, got {value!r}.")
 
 
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
@@ -80,7 +91,8 @@ def check_generator(generator: torch.Generator | list[torch.Generator] | None, b
             raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {one!r}.")
 
 
-def _is_integer(value) -> bool:
+def is_integer(value) -> bool:
+    """Whether a value is a whole number, Python's or numpy's; a bool is none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -172,13 +184,7 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
         num_revise_steps = default("num_revise_steps", num_revise_steps)
         num_revisions = default("num_revisions", num_revisions)
         selection = default("selection", selection)
-        for name, value, smallest in (
-            ("num_inference_steps", num_inference_steps, 0),
-            ("num_revise_steps", num_revise_steps, 1),
-            ("num_revisions", num_revisions, 0),
-        ):
-            if not _is_integer(value) or value < smallest:
-                raise ValueError(f"`{name}` must be an integer of at least {smallest}, got {value!r}.")
+        check_step_numbers(num_inference_steps, num_revise_steps, num_revisions)
         check_sampling(selection=selection)
         # only now: a refused call leaves the run that is laid out as it is
         self.num_inference_steps, self.num_revise_steps = int(num_inference_steps), int(num_revise_steps)
@@ -192,7 +198,7 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
 
     def _index(self, timestep: int | torch.Tensor) -> int:
         """A timestep as an `int`, which costs no wait for the device: `timesteps` are on the CPU."""
-        whole = _is_integer(timestep)
+        whole = is_integer(timestep)
         if isinstance(timestep, torch.Tensor) and timestep.numel() == 1:
             whole = timestep.dtype in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
         if not whole or not 0 <= int(timestep) < len(self.timesteps):
@@ -222,7 +228,7 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
                 positions; a list of generators of the wrong length; a region of the wrong shape, or one that leaves
                 out a masked position.
         """
-        if not _is_integer(mask_token_id) or mask_token_id < 1:
+        if not is_integer(mask_token_id) or mask_token_id < 1:
             raise ValueError(f"`mask_token_id` must be an integer of at least 1, got {mask_token_id!r}.")
         check_codes(sample, code_depth=None, codebook_size=mask_token_id, name="sample")
         batch_size, height, width, code_depth = sample.shape

@@ -1,0 +1,576 @@
+"""From an image and a mask to the image with the masked region drawn anew: draft the region, then revise it."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import logging
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from .codes import check_codes
+from .conditions import (
+    check_condition,
+    condition_ids,
+    count_conditions,
+    integer_labels,
+    names_to_ids,
+    recorded_tokenizer,
+)
+from .contextual_rq_transformer import ContextualRQTransformerModel
+from .images import check_same_codebook, decode_codes, encode_pixels
+from .rqvae import RQVAEModel
+from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_generator, check_sampling, check_step_numbers
+
+
+logger = logging.get_logger(__name__)
+
+Images = Image.Image | np.ndarray | torch.Tensor | list[Image.Image] | list[np.ndarray] | list[torch.Tensor]
+
+
+class DraftAndReviseInpaintPipeline(DiffusionPipeline):
+    r"""Inpainting, editing and infilling by Draft-and-Revise (supplement D.3, D.4).
+
+    The positions under the mask are drafted and then revised, among codes of the image that never change. The
+    components are those of [`DraftAndRevisePipeline`], and may be shared:
+    `DraftAndReviseInpaintPipeline(**pipe.components, id2label=pipe.config.id2label)`.
+
+    Args:
+        vae ([`RQVAEModel`]): Encodes images to codes and decodes codes to images.
+        transformer ([`ContextualRQTransformerModel`]): Predicts stacks of codes.
+        scheduler ([`DraftAndReviseScheduler`]): Partitions, phases, and the defaults of this pipeline's call.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Of a text-conditional transformer.
+        id2label (`dict[int, str]`, *optional*): Names of the classes of a class-conditional transformer; alternatives
+            separated by commas.
+
+    Raises:
+        `ValueError`: the RQ-VAE and the transformer have different codebooks, or code maps of different depth.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["tokenizer"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        vae: RQVAEModel,
+        transformer: ContextualRQTransformerModel,
+        scheduler: DraftAndReviseScheduler,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        id2label: dict | None = None,
+    ):
+        super().__init__()
+        if vae is not None and transformer is not None:
+            check_same_codebook(vae, transformer)
+        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, tokenizer=tokenizer)
+        self.register_to_config(id2label=integer_labels(id2label))
+        factor = vae.spatial_scale_factor if vae is not None else 1
+        self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
+        # in [0, 1], where uint8 comes back bit for bit
+        self.pixel_processor = VaeImageProcessor(vae_scale_factor=factor, do_normalize=False, do_convert_rgb=True)
+        # not resized by interpolation, in which a thin line vanishes
+        self.mask_processor = VaeImageProcessor(
+            do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+        )
+
+    def register_to_config(self, **kwargs) -> None:
+        """As in diffusers, which calls it for every component set."""
+        super().register_to_config(**recorded_tokenizer(kwargs))
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the revise phase; a callback may change it between steps, as it may [`draft_guidance_scale`]."""
+        return self._guidance_scale
+
+    @property
+    def draft_guidance_scale(self) -> float:
+        """Guidance of the draft."""
+        return self._draft_guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the run at hand, draft and revisions together."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to leave out the remaining steps."""
+        return self._interrupt
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Class ids of names, such as `pipe.get_label_ids(["volcano"])`.
+
+        Raises:
+            `ValueError`: the pipeline has no `id2label`, a name is not in it, or `label` is no name.
+        """
+        return names_to_ids(label, self.config.id2label)
+
+    def check_inputs(
+        self,
+        image=None,
+        mask_image=None,
+        mask=None,
+        composite=True,
+        prompt=None,
+        class_labels=None,
+        negative_prompt=None,
+        num_images_per_prompt=1,
+        num_inference_steps=None,
+        num_revise_steps=None,
+        num_revisions=None,
+        guidance_scale=None,
+        temperature=None,
+        draft_guidance_scale=None,
+        draft_temperature=None,
+        selection=None,
+        top_k=None,
+        top_p=None,
+        generator=None,
+        latents=None,
+        output_type="pil",
+        callback_on_step_end_tensor_inputs=("latents",),
+        callback_on_step_end=None,
+    ) -> None:
+        """Refuse what [`__call__`] cannot do, each with a `ValueError` that names the argument and what is allowed.
+
+        Pixels are looked at by [`prepare_image`] and [`prepare_mask`], step numbers against them by [`prepare_steps`].
+        """
+        config = self.transformer.config
+        check_condition(
+            config,
+            self.tokenizer,
+            self.config.id2label,
+            prompt=prompt,
+            class_labels=class_labels,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+        )
+
+        # image and mask
+        if (mask_image is None) == (mask is None):
+            got = "neither" if mask is None else "both"
+            raise ValueError(f"`mask_image` or `mask` must be given, and not both, got {got}.")
+        if not isinstance(composite, bool):
+            raise ValueError(f"`composite` must be True or False, got {composite!r}.")
+        batch_size = self.count_images(image, mask_image, mask, prompt, class_labels) * num_images_per_prompt
+
+        # the sampler
+        check_step_numbers(num_inference_steps, num_revise_steps, num_revisions)
+        given = dict(
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            draft_guidance_scale=draft_guidance_scale,
+            draft_temperature=draft_temperature,
+            selection=selection,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        check_sampling(**{name: value for name, value in given.items() if value is not None})
+        for name in ("guidance_scale", "draft_guidance_scale"):
+            if self.transformer.prefix_length == 0 and given[name] not in (None, 1):
+                raise ValueError(f"`{name}` must be 1 or None: this model is unconditional, got {given[name]!r}.")
+
+        # the rest
+        if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
+        if latents is not None:
+            check_codes(latents, config.code_depth, config.codebook_size, name="latents")
+            expected = (batch_size, config.height, config.width, config.code_depth)
+            if tuple(latents.shape) != expected:
+                raise ValueError(f"`latents` must have shape {expected}, got {tuple(latents.shape)}.")
+        check_generator(generator, batch_size)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` must be callable or None, got {callback_on_step_end!r}.")
+        names, allowed = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        if not isinstance(names, (list, tuple)) or not all(name in allowed for name in names):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be a list of names among {allowed}, got {names!r}."
+            )
+
+    def count_images(self, image, mask_image=None, mask=None, prompt=None, class_labels=None) -> int:
+        """Triples of image, mask and condition; where there is one of a kind, it serves all."""
+        counts = {"image": len(_single_images(image, "image"))}
+        if mask_image is not None:
+            counts["mask_image"] = len(_single_images(mask_image, "mask_image"))
+        if mask is not None:
+            counts["mask"] = len(self.check_mask(mask))
+        conditions = count_conditions(prompt, class_labels, self.config.id2label)
+        if conditions is not None:
+            counts["prompt" if prompt is not None else "class_labels"] = conditions
+        most = max(counts.values())
+        for name, count in counts.items():
+            if count not in (1, most):
+                raise ValueError(f"`{name}` must be one or {most}, one for each of the others, got {count}.")
+        return most
+
+    def check_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        """Refuse, with a `ValueError`, what is no mask of positions."""
+        shape = (self.transformer.config.height, self.transformer.config.width)
+        if (
+            not isinstance(mask, torch.Tensor)
+            or mask.dtype != torch.bool
+            or mask.ndim != 3
+            or mask.shape[1:] != shape
+            or mask.shape[0] == 0
+        ):
+            got = f"{mask.dtype} of {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else repr(mask)
+            raise ValueError(f"`mask` must be a bool torch.Tensor of shape {('batch_size', *shape)}, got {got}.")
+        return mask
+
+    @property
+    def _image_size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        config, factor = self.transformer.config, self.vae.spatial_scale_factor
+        return config.height * factor, config.width * factor
+
+    def prepare_image(self, image: Images) -> torch.Tensor:
+        """Images as pixels of the model's size: `(batch_size, 3, H, W)` in `[0, 1]`."""
+        height, width = self._image_size
+        images = [
+            self.pixel_processor.preprocess(one, height=height, width=width) for one in _single_images(image, "image")
+        ]
+        return torch.cat(images).to(self._execution_device)
+
+    def prepare_mask(self, mask_image: Images | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Pixels to fill, `(batch_size, 1, H, W)` bool, of a mask of pixels or of positions.
+
+        A pixel of the model's size is masked if any pixel that it covers in `mask_image` is.
+        """
+        if mask is not None:
+            factor = self.vae.spatial_scale_factor
+            pixels = mask.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2).unsqueeze(1)
+            return pixels.to(self._execution_device)
+        masks = [self.mask_processor.preprocess(one) for one in _single_images(mask_image, "mask_image")]
+        masks = [F.adaptive_max_pool2d(one, self._image_size) > 0 for one in masks]  # (1, 1, H, W) each
+        return torch.cat(masks).to(self._execution_device)
+
+    def prepare_latents(
+        self, pixels: torch.Tensor, region: torch.Tensor, latents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The code map to start from, `(batch_size, height, width, code_depth)`: the images' codes, `region` masked.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(batch_size, 3, H, W)`): Images in `[0, 1]`, or fewer, each followed by
+                as many rows as it serves.
+            region (`torch.Tensor` of shape `(batch_size, height, width)`, bool): Positions to fill.
+            latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): The
+                images' codes, if they are known.
+
+        Raises:
+            `ValueError`: `latents` are masked outside `region`.
+        """
+        mask_token_id = self.transformer.mask_token_id
+        if latents is None:
+            latents = encode_pixels(self.vae, pixels)
+            latents = latents.repeat_interleave(region.shape[0] // latents.shape[0], dim=0)
+        latents = latents.to(self._execution_device)
+        unknown = (latents[..., 0] == mask_token_id) & ~region
+        if unknown.any():
+            raise ValueError(
+                f"`latents` must be known outside the mask, but {int(unknown.sum())} position(s) there hold the mask "
+                f"{mask_token_id}."
+            )
+        return latents.masked_fill(region.unsqueeze(-1), mask_token_id)
+
+    def prepare_steps(self, region: torch.Tensor, num_inference_steps, num_revise_steps, num_revisions, selection):
+        """Set the scheduler's timesteps. Saved defaults shrink to the region; explicit numbers must fit into it.
+
+        With nothing to fill there are no steps, whatever the numbers.
+        """
+        config, sizes = self.scheduler.config, region.flatten(1).sum(dim=1)  # (B,)
+        most = int(sizes.max())
+        if (sizes == 0).any():
+            rows = (sizes == 0).nonzero().flatten().tolist()
+            logger.warning(f"The mask is empty for image(s) {rows} of {len(sizes)}: nothing to fill there.")
+        if most == 0:
+            self.scheduler.set_timesteps(0, 1, 0, selection=selection)
+            return
+        for name, value in (("num_inference_steps", num_inference_steps), ("num_revise_steps", num_revise_steps)):
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"`{name}` must lie in [1, {most}], as the mask has {most} positions, got {value}.")
+        if num_inference_steps is None:
+            num_inference_steps = max(1, min(config.num_inference_steps, most))
+        if num_revise_steps is None:
+            num_revise_steps = min(config.num_revise_steps, most)
+        self.scheduler.set_timesteps(num_inference_steps, num_revise_steps, num_revisions, selection=selection)
+
+    def encode_condition(
+        self,
+        prompt: str | list[str] | None = None,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = False,
+        device: torch.device | None = None,
+    ) -> torch.Tensor | None:
+        """Keys and values of the condition, computed once and good for every step.
+
+        Args:
+            prompt, class_labels, num_images_per_prompt, negative_prompt: As in [`__call__`].
+            do_classifier_free_guidance (`bool`, defaults to `False`): Append the null conditions, or the negative
+                prompts.
+            device (`torch.device`, *optional*): By default where the pipeline executes.
+
+        Returns:
+            `torch.Tensor` of shape `(num_spatial_layers, 2, rows, prefix_length, heads, head_dim)` with one row an
+            image, or two with guidance (all conditions first); `None` for an unconditional model.
+        """
+        condition = condition_ids(
+            self.transformer,
+            self.tokenizer,
+            self.config.id2label,
+            prompt=prompt,
+            class_labels=class_labels,
+            negative_prompt=negative_prompt,
+            do_classifier_free_guidance=do_classifier_free_guidance,
+            device=device or self._execution_device,
+        )
+        if not condition:
+            return None
+        prefix = self.transformer(**condition).prefix_key_values
+        return prefix.repeat_interleave(num_images_per_prompt, dim=2)
+
+    def decode_latents(
+        self, latents: torch.Tensor, output_type: str = "pil"
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
+        """Codes to images; undrafted positions decode as the zero vector, so a draft may be watched while it forms.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): Codes.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` `(batch_size, H, W, 3)` or `"pt"`
+                `(batch_size, 3, H, W)`, both in `[0, 1]`, or `"latent"` for the codes themselves.
+        """
+        return decode_codes(self.vae, self.image_processor, latents, output_type=output_type)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Images,
+        mask_image: Images | None = None,
+        prompt: str | list[str] | None = None,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        num_revise_steps: int | None = None,
+        num_revisions: int | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        draft_guidance_scale: float | None = None,
+        draft_temperature: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        selection: str | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        mask: torch.Tensor | None = None,
+        composite: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["DraftAndReviseInpaintPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  (diffusers' signature)
+    ) -> ImagePipelineOutput | tuple:
+        r"""Fill what is masked. `None` takes the scheduler's saved default, here and below.
+
+        A position is masked if any of its pixels is. All-white masks draw what [`DraftAndRevisePipeline`] draws with
+        the same generator; with an all-black one there is nothing to do, which is logged. The image is encoded whole:
+        codes next to the mask have seen some pixels under it.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of them): What to keep, resized to the
+                model's size. Arrays `(H, W, 3)` and tensors `(3, H, W)`, or batches of them, are in `[0, 1]` or
+                uint8. One image, mask or condition serves as many of the others as there are.
+            mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of them, *optional*): White, from
+                0.5, is to be filled. Arrays and tensors are `(H, W)`, with or without the one channel, or batches;
+                bool will do too. Of any size: a pixel of the model's size is masked if any that it covers is.
+            prompt (`str` or `list[str]`, *optional*): For a text-conditional model.
+            class_labels (`int`, `str`, a list of them, or an int tensor, *optional*): Ids or names, for a
+                class-conditional model. Another class than the image's edits it.
+            num_images_per_prompt (`int`, defaults to 1): Images of each prompt or class.
+            num_inference_steps (`int`, *optional*): Steps of the draft, T_draft, in `[1, masked positions]`.
+            num_revise_steps (`int`, *optional*): Steps of one revision, T_revise, in `[1, masked positions]`.
+            num_revisions (`int`, *optional*): Revisions of the masked positions, M; 0 returns the draft.
+            guidance_scale (`float`, *optional*): Classifier-free guidance of the revise phase, at least 0; 1 means
+                none and costs no second forward.
+            temperature (`float`, *optional*): Temperature of the revise phase, positive.
+            draft_guidance_scale (`float`, *optional*), draft_temperature (`float`, *optional*): The same for the
+                draft.
+            negative_prompt (`str` or `list[str]`, *optional*): Guides away from this instead of from the null text.
+            selection (`str`, *optional*): `"random"`, `"top-c"` or `"top-c-50%"`: see [`DraftAndReviseScheduler`].
+            top_k (`int`, *optional*), top_p (`float` in (0, 1], *optional*): Sample among the most probable codes.
+            mask (`torch.Tensor` of shape `(batch_size, height, width)`, bool, *optional*): The positions to fill,
+                instead of `mask_image`.
+            composite (`bool`, defaults to `True`): Put back the known pixels of `image`, which decoding its codes
+                would not return exactly. `False` gives the decoder's image, without an edge around the mask.
+            generator (`torch.Generator` or a list of one an image, *optional*): With a list, an image depends on its
+                own generator alone, whatever its batch (exactly in float32 on the CPU, but for ties; half precision
+                rounds differently in different batches).
+            latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): The codes
+                of `image`, instead of encoding it; what they hold under the mask does not matter.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the codes.
+            return_dict (`bool`, defaults to `True`): An `ImagePipelineOutput` with `images`, or a tuple of them.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, callback_kwargs)`
+                after each step; may return a dictionary with new `latents`.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): What `callback_kwargs` holds.
+
+        Raises:
+            `ValueError`: an argument out of its range, or one that this model has no use for.
+        """
+        self.check_inputs(
+            image,
+            mask_image,
+            mask,
+            composite,
+            prompt,
+            class_labels,
+            negative_prompt,
+            num_images_per_prompt,
+            num_inference_steps,
+            num_revise_steps,
+            num_revisions,
+            guidance_scale,
+            temperature,
+            draft_guidance_scale,
+            draft_temperature,
+            selection,
+            top_k,
+            top_p,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+            callback_on_step_end,
+        )
+        defaults = self.scheduler.config
+        temperature = defaults.temperature if temperature is None else temperature
+        draft_temperature = defaults.draft_temperature if draft_temperature is None else draft_temperature
+        top_k = defaults.top_k if top_k is None else top_k
+        top_p = defaults.top_p if top_p is None else top_p
+        self._guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        self._draft_guidance_scale = (
+            defaults.draft_guidance_scale if draft_guidance_scale is None else draft_guidance_scale
+        )
+        self._interrupt = False
+
+        # 1. The image, and which of its positions to fill
+        batch_size = self.count_images(image, mask_image, mask, prompt, class_labels) * num_images_per_prompt
+        pixels = self.prepare_image(image)  # (1 or images, 3, H, W)
+        to_fill = self.prepare_mask(mask_image, mask)  # (1 or images, 1, H, W)
+        to_fill = to_fill.repeat_interleave(batch_size // to_fill.shape[0], dim=0)  # (B, 1, H, W)
+        region = F.max_pool2d(to_fill.float(), self.vae.spatial_scale_factor)[:, 0] > 0  # (B, h, w)
+
+        # 2. Its codes, and what to do
+        latents = self.prepare_latents(pixels, region, latents)  # (B, h, w, D)
+        self.prepare_steps(region, num_inference_steps, num_revise_steps, num_revisions, selection)
+        self.scheduler.set_partitions(latents, self.transformer.mask_token_id, generator, region=region)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+
+        # 3. The condition, once for all steps
+        conditional = self.transformer.prefix_length > 0
+        guided = conditional and (self.guidance_scale != 1 or self.draft_guidance_scale != 1)
+        num_conditions = count_conditions(prompt, class_labels, self.config.id2label) or 1
+        condition = (prompt, class_labels, batch_size // num_conditions, negative_prompt)
+        prefix = self.encode_condition(*condition, do_classifier_free_guidance=guided)
+
+        # 4. Draft, then revise, both inside the region
+        scalars = {}
+
+        def scalar(value: float) -> torch.Tensor:
+            """A number as a tensor, which a compiled step takes without recompiling; sent to the device once."""
+            if value not in scalars:
+                scalars[value] = torch.tensor(float(value), device=latents.device)
+            return scalars[value]
+
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                draft = self.scheduler.is_draft(timestep)
+                scale = self.draft_guidance_scale if draft else self.guidance_scale
+                guided = conditional and scale != 1
+                if guided and prefix.shape[2] == batch_size:  # a callback has just turned guidance on
+                    prefix = self.encode_condition(*condition, do_classifier_free_guidance=True)
+
+                step = self.scheduler.get_step_input(latents, timestep)
+                output = self.transformer(
+                    step.codes,
+                    step.positions,
+                    step.uniforms,
+                    prefix_key_values=prefix if guided or not conditional else prefix[:, :, :batch_size],
+                    guidance_scale=scalar(scale) if guided else None,
+                    temperature=scalar(draft_temperature if draft else temperature),
+                    top_k=top_k,
+                    top_p=top_p,
+                )
+                latents = self.scheduler.step((output.stacks, output.log_probs), timestep, latents).prev_sample
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    callback_outputs = callback_on_step_end(self, i, timestep, callback_kwargs) or {}
+                    latents = callback_outputs.pop("latents", latents)
+                progress_bar.update()
+
+        # 5. Decode, and put the known pixels back
+        if output_type == "latent":
+            images = latents
+        else:
+            images = self.decode_latents(latents, output_type="pt")  # (B, 3, H, W)
+            if composite:
+                pixels = pixels.repeat_interleave(batch_size // pixels.shape[0], dim=0)
+                images = torch.where(to_fill, images, pixels.to(images))
+            images = self.image_processor.postprocess(images, output_type, do_denormalize=[False] * batch_size)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _single_images(images: Images, name: str) -> list[Image.Image | np.ndarray | torch.Tensor]:
+    """A batch one by one as `VaeImageProcessor` takes them: PIL images, or float32 in `[0, 1]` of 3 dimensions.
+
+    `name` is `"image"`, with 3 channels, or `"mask_image"`, with one or none.
+    """
+    channels = 3 if name == "image" else 1
+    kinds = (np.ndarray, torch.Tensor)
+    if isinstance(images, kinds) and (images.ndim == 4 or (channels == 1 and images.ndim == 3)):
+        alone = isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[-1] == 1
+        images = [images] if alone else list(images)
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not images:
+        raise ValueError(f"`{name}` must not be empty, got {images!r}.")
+    singles = []
+    for image in images:
+        if isinstance(image, Image.Image) and image.width and image.height:
+            singles.append(image.convert("RGB" if channels == 3 else "L"))
+            continue
+        if not isinstance(image, kinds):
+            raise ValueError(
+                f"`{name}` must be a PIL image, an array, a tensor or a list of them, not empty, got {image!r}."
+            )
+        last = isinstance(image, np.ndarray)
+        if channels == 1 and image.ndim == 2:
+            image = image[..., None] if last else image[None]
+        shape = tuple(image.shape)
+        if len(shape) != 3 or shape[-1 if last else 0] != channels or 0 in shape:
+            layout = f"(height, width, {channels})" if last else f"({channels}, height, width)"
+            raise ValueError(f"`{name}` must hold {type(image).__name__}s of shape {layout}, got {shape}.")
+        known = (
+            image.dtype.kind == "f" or image.dtype in (np.uint8, np.bool_)
+            if last
+            else (image.is_floating_point() or image.dtype in (torch.uint8, torch.bool))
+        )
+        if not known:
+            raise ValueError(f"`{name}` must hold numbers in [0, 1] or uint8, got {image.dtype}.")
+        values = torch.tensor(image.astype(np.float32)) if last else image.float()
+        if image.dtype in (np.uint8, torch.uint8):
+            values = values / 255
+        if not (values.min() >= 0 and values.max() <= 1):  # so written, NaN is refused too
+            raise ValueError(
+                f"`{name}` must hold numbers in [0, 1] or uint8, got [{float(values.min())}, {float(values.max())}]."
+            )
+        singles.append(values.numpy() if last else values)
+    return singles
