@@ -1,6 +1,6 @@
 """Make a trained pipeline ready to publish: cast, in small files, without the paths of the machine that made it.
 
-    python examples/export_pipeline.py runs/emoji-transformer pipelines/emoji-scenes --dtype float16
+python examples/export_pipeline.py runs/emoji-transformer pipelines/emoji-scenes --dtype float16
 """
 
 import argparse
@@ -19,7 +19,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", help="Folder of the trained pipeline.")
     parser.add_argument("output_dir", help="Folder to write; files of the same names are replaced.")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="Of the weights; the codebook stays float32.")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float16", help="Of the weights; the codebook stays float32."
+    )
     parser.add_argument("--max_shard_size", default="16MB", help="Of each file of weights.")
     return parser.parse_args(argv)
 
