@@ -91,3 +91,21 @@ class Codebook(nn.Module):
         if depth is not None:
             return self.vectors[min(depth, self.vectors.shape[0] - 1)][codes]
         return embed_codes(self.vectors, codes)
+
+
+def is_readable(value: torch.Tensor) -> bool:
+    """Whether reading a tensor's values neither waits for a device nor breaks a graph."""
+    return type(value) is torch.Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_ranges(**values: tuple[torch.Tensor | None, int | None]) -> None:
+    """Refuse integers outside `[0, largest]`, given as `name=(tensor, largest)`, where they are readable.
+
+    Raises:
+        `ValueError`: names the argument, the values it holds and those allowed.
+    """
+    for name, (value, largest) in values.items():
+        if value is not None and is_readable(value):
+            low, high = (int(bound) for bound in value.aminmax())
+            if low < 0 or high > largest:
+                raise ValueError(f"`{name}` must lie in [0, {largest}], got values in [{low}, {high}].")

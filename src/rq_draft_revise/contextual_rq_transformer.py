@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from .attention import SpatialTransformerBlock
-from .codes import check_codes, project_vectors
+from .codes import check_codes, check_ranges, is_readable, project_vectors
 from .depth_transformer import DepthTransformer
 from .scheduling_draft_and_revise import check_sampling
 
@@ -297,7 +297,8 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         loss = image_loss = F.cross_entropy(logits.flatten(0, 1).float(), stacks.flatten())
         text_loss = text_logits = None
         if input_ids is not None:
-            text_logits, text_loss = self._text_loss(prefix_states, input_ids)
+            text_logits = self.text_head(self.text_norm_out(prefix_states[:, :-1]))  # (B, P-1, V)
+            text_loss = next_token_loss(text_logits, input_ids, self.null_condition_id)
             loss = (1 - self.config.text_loss_weight) * image_loss + self.config.text_loss_weight * text_loss
         logits = logits.unflatten(0, shape)
         if not return_dict:
@@ -350,13 +351,6 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         if index.shape[0] % batch_size == 0 and bool((masked.sum(dim=1) * batch_size == index.shape[0]).all()):
             return index, (batch_size, index.shape[0] // batch_size)
         return index, (index.shape[0],)
-
-    def _text_loss(self, prefix_states: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next-token logits `(B, P-1, V)` and their mean negative log-likelihood over the rows that hold a text."""
-        logits = self.text_head(self.text_norm_out(prefix_states[:, :-1]))
-        targets = input_ids[:, 1:].masked_fill(input_ids[:, 1:] == self.null_condition_id, -100)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
-        return logits, losses / (targets != -100).sum().clamp(min=1)
 
     def _check_inputs(
         self, codes, positions, uniforms, class_labels, input_ids, labels, prefix_key_values, guidance_scale
@@ -451,18 +445,14 @@ class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
 
     def _check_values(self, codes, positions, class_labels, input_ids, labels) -> None:
         """Ranges of what can be read without waiting for a device."""
-        if codes is not None and _is_readable(codes):
+        if codes is not None and is_readable(codes):
             check_codes(codes, self.config.code_depth, self.config.codebook_size)
-        for name, value, largest in (
-            ("positions", positions, self.num_positions - 1),
-            ("class_labels", class_labels, self.null_condition_id),
-            ("input_ids", input_ids, self.null_condition_id),
-            ("labels", labels, self.config.codebook_size - 1),
-        ):
-            if value is not None and _is_readable(value):
-                low, high = (int(bound) for bound in value.aminmax())
-                if low < 0 or high > largest:
-                    raise ValueError(f"`{name}` must lie in [0, {largest}], got values in [{low}, {high}].")
+        check_ranges(
+            positions=(positions, self.num_positions - 1),
+            class_labels=(class_labels, self.null_condition_id),
+            input_ids=(input_ids, self.null_condition_id),
+            labels=(labels, self.config.codebook_size - 1),
+        )
 
 
 def check_step_sampling(guidance_scale, temperature, top_k, top_p) -> None:
@@ -479,13 +469,22 @@ def check_step_sampling(guidance_scale, temperature, top_k, top_p) -> None:
             raise ValueError(
                 f"`{name}` must be a number or a scalar tensor, got {value.dtype} of {tuple(value.shape)}."
             )
-        if _is_readable(value):
+        if is_readable(value):
             numbers[name] = float(value)
         else:
             del numbers[name]
     check_sampling(**numbers)
 
 
-def _is_readable(value: torch.Tensor) -> bool:
-    """Whether reading a tensor neither waits for a device nor breaks a graph."""
-    return type(value) is torch.Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling()
+def next_token_loss(logits: torch.Tensor, input_ids: torch.Tensor, null_condition_id: int | None) -> torch.Tensor:
+    """Mean negative log-likelihood of each next token, over the rows that hold a text; 0 where none does.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, length - 1, text_vocab_size)`).
+        input_ids (`torch.Tensor` of shape `(batch_size, length)`, int64): Rows of `null_condition_id` are left out.
+    """
+    targets = input_ids[:, 1:]
+    if null_condition_id is not None:
+        targets = targets.masked_fill(targets == null_condition_id, -100)
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    return losses / (targets != -100).sum().clamp(min=1)

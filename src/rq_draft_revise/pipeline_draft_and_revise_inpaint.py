@@ -11,7 +11,7 @@ from diffusers.utils import logging
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .codes import check_codes
+from .arguments import check_phases, check_run
 from .conditions import (
     check_condition,
     condition_ids,
@@ -23,7 +23,7 @@ from .conditions import (
 from .contextual_rq_transformer import ContextualRQTransformerModel
 from .images import check_same_codebook, decode_codes, encode_pixels
 from .rqvae import RQVAEModel
-from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_generator, check_sampling, check_step_numbers
+from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_step_numbers
 
 
 logger = logging.get_logger(__name__)
@@ -159,7 +159,8 @@ class DraftAndReviseInpaintPipeline(DiffusionPipeline):
 
         # the sampler
         check_step_numbers(num_inference_steps, num_revise_steps, num_revisions)
-        given = dict(
+        check_phases(
+            conditional=self.transformer.prefix_length > 0,
             guidance_scale=guidance_scale,
             temperature=temperature,
             draft_guidance_scale=draft_guidance_scale,
@@ -168,27 +169,18 @@ class DraftAndReviseInpaintPipeline(DiffusionPipeline):
             top_k=top_k,
             top_p=top_p,
         )
-        check_sampling(**{name: value for name, value in given.items() if value is not None})
-        for name in ("guidance_scale", "draft_guidance_scale"):
-            if self.transformer.prefix_length == 0 and given[name] not in (None, 1):
-                raise ValueError(f"`{name}` must be 1 or None: this model is unconditional, got {given[name]!r}.")
 
         # the rest
-        if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
-        if latents is not None:
-            check_codes(latents, config.code_depth, config.codebook_size, name="latents")
-            expected = (batch_size, config.height, config.width, config.code_depth)
-            if tuple(latents.shape) != expected:
-                raise ValueError(f"`latents` must have shape {expected}, got {tuple(latents.shape)}.")
-        check_generator(generator, batch_size)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(f"`callback_on_step_end` must be callable or None, got {callback_on_step_end!r}.")
-        names, allowed = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
-        if not isinstance(names, (list, tuple)) or not all(name in allowed for name in names):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be a list of names among {allowed}, got {names!r}."
-            )
+        check_run(
+            config,
+            batch_size,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            allowed_tensor_inputs=self._callback_tensor_inputs,
+        )
 
     def count_images(self, image, mask_image=None, mask=None, prompt=None, class_labels=None) -> int:
         """Triples of image, mask and condition; where there is one of a kind, it serves all."""

@@ -9,7 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .codes import check_codes
+from .arguments import check_run
 from .conditions import (
     check_condition,
     condition_ids,
@@ -21,7 +21,7 @@ from .conditions import (
 from .images import check_same_codebook, decode_codes
 from .rq_transformer import RQTransformerModel, per_depth
 from .rqvae import RQVAEModel
-from .scheduling_draft_and_revise import check_generator, check_sampling
+from .scheduling_draft_and_revise import check_sampling
 
 
 class RQTransformerPipeline(DiffusionPipeline):
@@ -144,22 +144,17 @@ class RQTransformerPipeline(DiffusionPipeline):
             )
 
         # the rest
-        if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
         batch_size = count_images(prompt, class_labels, num_images_per_prompt, self.config.id2label, latents)
-        if latents is not None:
-            check_codes(latents, config.code_depth, config.codebook_size, name="latents")
-            expected = (batch_size, config.height, config.width, config.code_depth)
-            if tuple(latents.shape) != expected:
-                raise ValueError(f"`latents` must have shape {expected}, got {tuple(latents.shape)}.")
-        check_generator(generator, batch_size)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(f"`callback_on_step_end` must be callable or None, got {callback_on_step_end!r}.")
-        names, allowed = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
-        if not isinstance(names, (list, tuple)) or not all(name in allowed for name in names):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be a list of names among {allowed}, got {names!r}."
-            )
+        check_run(
+            config,
+            batch_size,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            allowed_tensor_inputs=self._callback_tensor_inputs,
+        )
 
     def _check_sampling(self, guidance_scale, temperature, top_k, top_p) -> None:
         """Numbers of the sampling, depth by depth."""

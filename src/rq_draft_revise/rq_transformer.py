@@ -12,8 +12,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from .attention import SpatialTransformerBlock
-from .codes import check_codes, project_vectors
-from .contextual_rq_transformer import _is_readable, check_step_sampling
+from .codes import check_codes, check_ranges, is_readable, project_vectors
+from .contextual_rq_transformer import check_step_sampling, next_token_loss
 from .depth_transformer import DepthTransformer
 
 
@@ -329,7 +329,9 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         loss = image_loss = F.cross_entropy(logits.flatten(0, 2).float(), stacks.flatten())
         text_loss = text_logits = None
         if input_ids is not None:
-            text_logits, text_loss = self._text_loss(hidden_states[:, : self.prefix_length - 1], input_ids)
+            text_states = hidden_states[:, : self.prefix_length - 1]
+            text_logits = self.text_head(self.text_norm_out(text_states))  # (B, P-1, V)
+            text_loss = next_token_loss(text_logits, input_ids, self.null_condition_id)
             loss = (1 - self.config.text_loss_weight) * image_loss + self.config.text_loss_weight * text_loss
         if not return_dict:
             return logits, loss, image_loss, text_loss, text_logits
@@ -351,15 +353,6 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
             for i, block in enumerate(self.blocks):
                 hidden_states, cache[i, 0, :, :known], cache[i, 1, :, :known] = block(hidden_states, is_causal=True)
         return cache
-
-    def _text_loss(self, prefix_states: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next-token logits `(B, P-1, V)` and their mean negative log-likelihood over the rows that hold a text."""
-        logits = self.text_head(self.text_norm_out(prefix_states))
-        targets = input_ids[:, 1:]
-        if self.null_condition_id is not None:
-            targets = targets.masked_fill(targets == self.null_condition_id, -100)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
-        return logits, losses / (targets != -100).sum().clamp(min=1)
 
     def _check_inputs(
         self, codes, position, uniforms, class_labels, input_ids, labels, past_key_values, guidance_scale
@@ -403,17 +396,15 @@ class RQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         _check_tensor("input_ids", input_ids, (rows, self.prefix_length))
         _check_tensor("past_key_values", past_key_values, (len(self.blocks), 2, rows, slots, *heads), floating=True)
 
-        if codes is not None and _is_readable(codes):
+        if codes is not None and is_readable(codes):
             check_codes(codes, config.code_depth, config.codebook_size)
-        for name, value, largest in (
-            ("position", position, self.num_positions - 1),
-            (expected, conditions[expected], self.condition_embedding.num_embeddings - 1),
-            ("labels", labels, config.codebook_size - 1),
-        ):
-            if value is not None and _is_readable(value):
-                low, high = (int(bound) for bound in value.aminmax())
-                if low < 0 or high > largest:
-                    raise ValueError(f"`{name}` must lie in [0, {largest}], got values in [{low}, {high}].")
+        check_ranges(
+            **{
+                "position": (position, self.num_positions - 1),
+                expected: (conditions[expected], self.condition_embedding.num_embeddings - 1),
+                "labels": (labels, config.codebook_size - 1),
+            }
+        )
 
     def _check_sampling(self, guidance_scale, temperature, top_k, top_p) -> None:
         """Numbers of the sampling, depth by depth."""

@@ -1,0 +1,53 @@
+"""Arguments that the calls of all pipelines have, and what is refused of them."""
+
+from .codes import check_codes
+from .scheduling_draft_and_revise import check_generator, check_sampling
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_run(
+    config,
+    batch_size: int,
+    generator=None,
+    latents=None,
+    output_type="pil",
+    callback_on_step_end=None,
+    callback_on_step_end_tensor_inputs=("latents",),
+    allowed_tensor_inputs=("latents",),
+) -> None:
+    """Refuse, with a `ValueError`, what a run of `batch_size` images of a transformer of this `config` cannot take.
+
+    The arguments are those of the pipelines' calls; `allowed_tensor_inputs` are the names a callback may ask for.
+    """
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+        raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
+    if latents is not None:
+        check_codes(latents, config.code_depth, config.codebook_size, name="latents")
+        expected = (batch_size, config.height, config.width, config.code_depth)
+        if tuple(latents.shape) != expected:
+            raise ValueError(f"`latents` must have shape {expected}, got {tuple(latents.shape)}.")
+    check_generator(generator, batch_size)
+    if callback_on_step_end is not None and not callable(callback_on_step_end):
+        raise ValueError(f"`callback_on_step_end` must be callable or None, got {callback_on_step_end!r}.")
+    names = callback_on_step_end_tensor_inputs
+    if not isinstance(names, (list, tuple)) or not all(name in allowed_tensor_inputs for name in names):
+        raise ValueError(
+            f"`callback_on_step_end_tensor_inputs` must be a list of names among {allowed_tensor_inputs}, "
+            f"got {names!r}."
+        )
+
+
+def check_phases(conditional: bool, **given) -> None:
+    """Refuse, with a `ValueError`, numbers that neither a draft nor a revision can be sampled with.
+
+    Args:
+        conditional (`bool`): Whether the transformer has a condition that guidance could go by.
+        given: Guidance scales and temperatures of both phases, `selection`, `top_k`, `top_p`; `None` is a saved
+            default.
+    """
+    check_sampling(**{name: value for name, value in given.items() if value is not None})
+    for name in ("guidance_scale", "draft_guidance_scale"):
+        if not conditional and given[name] not in (None, 1):
+            raise ValueError(f"`{name}` must be 1 or None: this model is unconditional, got {given[name]!r}.")
