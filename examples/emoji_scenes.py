@@ -164,14 +164,15 @@ def add_ground(
 
 
 def draw_dusk(size: int, rng: np.random.Generator) -> np.ndarray:
+    # The ground keeps some of the sky's light: on a black one the dark foot of the volcano could not be seen.
     canvas = vertical_gradient(
         size,
-        [(0.0, varied((74, 38, 120), rng)), (0.4, varied((190, 72, 130), rng)), (0.75, varied((255, 150, 62), rng))],
+        [(0.0, varied((62, 44, 128), rng)), (0.4, varied((168, 86, 168), rng)), (0.76, varied((255, 186, 138), rng))],
     )
     x = rng.uniform(0.12, 0.88)
-    add_glow(canvas, x, 0.72, 0.22, (255, 214, 110), 0.8)
-    add_disc(canvas, x, 0.72, rng.uniform(0.09, 0.12), (255, 236, 160))
-    add_ground(canvas, 0.76, 0.015, near=(34, 18, 44), far=varied((72, 36, 62), rng), rng=rng)
+    add_glow(canvas, x, 0.72, 0.18, (255, 226, 150), 0.8)
+    add_disc(canvas, x, 0.72, rng.uniform(0.09, 0.12), (255, 242, 190))
+    add_ground(canvas, 0.76, 0.015, near=(84, 62, 112), far=varied((132, 92, 140), rng), rng=rng)
     return canvas
 
 
@@ -269,7 +270,7 @@ HELD_OUT_SHARE = 0.1
 Pair = tuple[str, str]
 
 
-def pairs(num_objects: int = 40, num_backdrops: int = 4) -> tuple[list[Pair], list[Pair]]:
+def pairs(num_objects: int = 40, num_backdrops: int = 6) -> tuple[list[Pair], list[Pair]]:
     """Split the pairs of the first `num_objects` objects and first `num_backdrops` backdrops into seen and held out.
 
     A tenth of the pairs (at least one) is held out, spread evenly: with up to ten backdrops an object lacks at most
@@ -383,14 +384,14 @@ def draw_scene(
     scene = Image.fromarray(canvas).reduce(2)
 
     glyph = draw_glyph(object, find_font(font) if font is None else str(font))
-    scale = rng.uniform(0.55, 0.75) * resolution / max(glyph.size)
+    scale = rng.uniform(0.66, 0.84) * resolution / max(glyph.size)
     width, height = (max(1, round(side * scale)) for side in glyph.size)
     # Pillow resizes RGBA with premultiplied alpha, so no dark fringe comes in from the transparent pixels.
     glyph = glyph.resize((width, height), Image.Resampling.LANCZOS)
     if rng.uniform() < 0.5:
         glyph = glyph.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
-    middle, foot = rng.uniform(0.42, 0.58) * resolution, rng.uniform(0.86, 0.94) * resolution
+    middle, foot = rng.uniform(0.44, 0.56) * resolution, rng.uniform(0.88, 0.95) * resolution
     scene.paste(glyph, (round(middle - width / 2), round(foot - height)), mask=glyph)
     return scene
 
@@ -619,7 +620,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sub.add_argument(
         "--num_backdrops",
         type=int_between(2, len(BACKDROPS)),
-        default=4,
+        default=6,
         help=f"how many backdrops, from the start of the table of {len(BACKDROPS)}",
     )
     sub.add_argument("--scenes_per_pair", type=positive, default=200, help="training scenes of each seen pair")
