@@ -34,7 +34,7 @@ def names_to_ids(label: str | list[str], id2label: dict[int, str] | None, argume
         argument (`str`): The argument's name in the error message.
 
     Raises:
-        `ValueError`: there is no `id2label`, a name is not in it, or `label` is no name.
+        `ValueError`: there is no `id2label`, a name is not in it or may mean several classes, or `label` is no name.
     """
     labels = [label] if isinstance(label, str) else label
     if not isinstance(labels, (list, tuple)) or not all(isinstance(name, str) for name in labels):
@@ -44,12 +44,33 @@ def names_to_ids(label: str | list[str], id2label: dict[int, str] | None, argume
             f"`{argument}` by name needs a pipeline with `id2label`, and this one has none: give class ids, got "
             f"{label!r}."
         )
-    ids = {name.strip().lower(): int(i) for i, names in id2label.items() for name in [names, *names.split(",")]}
+    ids = _ids_by_name(id2label)
     unknown = [name for name in labels if name.strip().lower() not in ids]
     if unknown:
         examples = ", ".join(sorted(ids)[:5])
         raise ValueError(f"`{argument}` must be names in `pipe.config.id2label` ({examples}, ...), got {unknown}.")
-    return [ids[name.strip().lower()] for name in labels]
+    found = [ids[name.strip().lower()] for name in labels]
+    for name, candidates in zip(labels, found, strict=True):
+        if len(candidates) > 1:
+            classes = " or ".join(f"{i} ({id2label[i]!r})" for i in candidates)
+            raise ValueError(
+                f"`{argument}` must say which class it means: {name!r} may be {classes}. Give a name that only one of "
+                "them has, or the id."
+            )
+    return [candidates[0] for candidates in found]
+
+
+def _ids_by_name(id2label: dict[int, str]) -> dict[str, list[int]]:
+    """Every name in lower case, with the classes it may mean: those whose whole entry it is, else its synonyms.
+
+    In ImageNet "harp" is a class, and the harmonica is called one too: the first is meant.
+    """
+    synonyms, entries = {}, {}
+    for i, names in id2label.items():
+        entries.setdefault(names.strip().lower(), []).append(i)
+        for name in {name.strip().lower() for name in names.split(",")}:
+            synonyms.setdefault(name, []).append(i)
+    return synonyms | entries
 
 
 def class_ids(
