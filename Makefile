@@ -4,13 +4,27 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/installed
 
-.PHONY: demo test style quality clean
+.PHONY: demo test figures style quality clean
 
 demo: $(STAMP)-core
 	$(VENV)/bin/python examples/generate.py "a volcano at dusk"
 
 test: $(STAMP)-test
 	$(VENV)/bin/python -m pytest tests -q --timeout=600
+
+# The figures of docs/figures.md, which has the same commands.
+figures: $(STAMP)-core
+	$(VENV)/bin/python examples/draft_steps.py "a cat in the snow" "a pumpkin at night" \
+	    --output docs/images/figure-2-draft-steps.png
+	$(VENV)/bin/python examples/caption_grid.py "a cat in the snow" "a fox in the snow" "a penguin in the snow" \
+	    "a whale in the snow" --output docs/images/figure-3-objects.png
+	$(VENV)/bin/python examples/caption_grid.py "a fox at dusk" "a fox at night" "a fox in the snow" \
+	    "a fox in the desert" "a fox on the grass" "a fox by the sea" --num-images 4 --output docs/images/figure-4-places.png
+	$(VENV)/bin/python examples/inpaint_regions.py "a snowman in the snow" "a pumpkin at night" "a cat on the grass" \
+	    "a whale by the sea" --fill-prompts "a snowman in the snow" "a pumpkin at night" "a fox on the grass" \
+	    "a sailboat by the sea" --output docs/images/figure-5-inpainting.png
+	$(VENV)/bin/python examples/infill_random_mask.py "a cat in the snow" "a pumpkin at night" \
+	    "a snowman on the grass" "a cactus in the desert" --output docs/images/figure-6-infilling.png
 
 style: $(STAMP)-dev
 	$(VENV)/bin/ruff format .

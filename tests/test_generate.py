@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import contact_sheet
 import numpy as np
 import pytest
 from PIL import Image
@@ -63,7 +64,9 @@ def test_small_images_are_enlarged_by_a_whole_factor_and_large_ones_left_alone(g
     def sheet_of(size):
         images = [Image.new("RGB", size, color) for color in ("red", "blue")]
         return generate.draw_sheet(
-            [("a prompt that is much longer than the sheet is wide " * 9, [images])], ["draft", "revision 1"], [7]
+            [("a prompt that is much longer than the sheet is wide " * 9, [images])],
+            ["draft", "revision 1"],
+            ["seed 7"],
         )
 
     for size, enlarged in (((64, 64), 192), ((50, 50), 150), ((256, 256), 256)):
@@ -91,18 +94,18 @@ def test_a_flag_out_of_range_is_one_line_and_status_2(generate, capsys, flags):
 
 
 def test_an_unwritable_output_is_found_before_sampling(generate, monkeypatch, tmp_path):
-    monkeypatch.setattr(generate, "load_pipeline", refuse_to_sample)
+    monkeypatch.setattr(contact_sheet, "load_pipeline", refuse_to_sample)
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "folder.png").mkdir()
     for output in (tmp_path / "file" / "sheet.png", tmp_path / "folder.png", tmp_path / "sheet.webp"):
         assert str(output) in error_line(generate, "a cat", "--output", output)
 
 
-def test_checking_the_output_leaves_nothing_new_and_nothing_old_changed(generate, tmp_path):
+def test_checking_the_output_leaves_nothing_new_and_nothing_old_changed(tmp_path):
     old = tmp_path / "old.png"
     old.write_bytes(b"an older sheet")
-    generate.prepare_output(old)
-    generate.prepare_output(tmp_path / "new.png")
+    contact_sheet.prepare_output(old)
+    contact_sheet.prepare_output(tmp_path / "new.png")
     assert old.read_bytes() == b"an older sheet" and not (tmp_path / "new.png").exists()
 
 
@@ -180,8 +183,10 @@ def test_a_sheet_is_written_and_any_of_its_images_can_be_made_again_alone(genera
     with Image.open(output) as image:
         image.load()
         assert image.format == "PNG"
-    sections, captions, seeds = sheet[-1]
-    assert captions == ["2 of 4 draft steps", "draft", "revision 1", "revision 2"] and seeds == [5, 6, 7, 8]
+    sections, captions, labels = sheet[-1]
+    assert captions == ["2 of 4 draft steps", "draft", "revision 1", "revision 2"] and labels == [
+        f"seed {seed}" for seed in (5, 6, 7, 8)
+    ]
     assert [prompt for prompt, _ in sections] == prompts and [len(rows) for _, rows in sections] == [2, 2]
 
     generate.main([prompts[1], *few_steps, "--seed", "8", "--num-images", "1", "--output", str(output)])

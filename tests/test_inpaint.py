@@ -157,6 +157,48 @@ def test_each_step_changes_only_masked_positions_and_the_draft_takes_each_once(p
         assert not changed[:, 0].any() and not changed[:, :, 0].any() and changed.sum() <= 5
 
 
+REGIONS = {name: np.zeros((8, 8), dtype=bool) for name in ("bottom", "centre", "outside", "scattered")}
+REGIONS["bottom"][5:] = REGIONS["centre"][3:5, 2:7] = True
+REGIONS["outside"] = ~REGIONS["centre"]
+REGIONS["scattered"][[0, 1, 4, 7, 7], [0, 7, 3, 4, 5]] = True  # single pixels, two of them at one position
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_the_transformer_is_asked_for_the_masked_positions_alone_and_once_a_phase(pipe, name):
+    pixels, asked = REGIONS[name], []
+    positions = pixels.reshape(4, 2, 4, 2).any(axis=(1, 3)).flatten().nonzero()[0].tolist()
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(args[1][0].tolist()) if len(args) > 1 else None, with_kwargs=True
+    )
+    try:
+        (filled,) = pipe(photo(), pixels, "a cat", num_revise_steps=2, num_revisions=2, generator=generators(1)).images
+    finally:
+        hook.remove()
+    draft = asked[: pipe.scheduler.num_inference_steps]
+    revisions = asked[len(draft) :]
+    for phase in (draft, revisions[:2], revisions[2:]):
+        assert sorted(position for block in phase for position in block) == positions
+    after, before = np.asarray(filled), np.asarray(photo())
+    assert np.array_equal(after[~pixels], before[~pixels]) and not np.array_equal(after[pixels], before[pixels])
+
+
+@pytest.mark.parametrize("condition", ["text", "class"])
+def test_another_condition_edits_the_region_and_nothing_else(pipes, condition):
+    own, other = (
+        (dict(prompt="a cat"), dict(prompt="volcano at night"))
+        if condition == "text"
+        else (dict(class_labels=1), dict(class_labels=4))
+    )
+    codes = [
+        codes_of(pipes[condition], photo(), box(2, 2, 8, 8), generator=generators(1), guidance_scale=2.0, **one)
+        for one in (own, other)
+    ]
+    inside = torch.zeros(4, 4, dtype=torch.bool)
+    inside[1:, 1:] = True
+    assert torch.equal(codes[0][:, ~inside], codes[1][:, ~inside])
+    assert not torch.equal(codes[0][:, inside], codes[1][:, inside])
+
+
 # Batches
 
 

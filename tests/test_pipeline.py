@@ -6,7 +6,9 @@ import logging
 import numpy as np
 import pytest
 import torch
-from components import CONDITIONS, random_codes, tiny_pipeline
+from accelerate import cpu_offload
+from components import CONDITIONS, random_codes, random_pixels, tiny_pipeline
+from PIL import Image
 
 from rq_draft_revise import DraftAndRevisePipeline, DraftAndReviseScheduler
 
@@ -232,6 +234,185 @@ def test_only_masked_stacks_of_latents_are_drafted(text_pipe, selection):
     assert torch.equal(drafted[known], latents[known]) and (drafted != mask).all()
     revised = codes_of(text_pipe, PROMPTS[:2], latents=latents, selection=selection, generator=generators(1, 2))
     assert not torch.equal(revised[known], latents[known])
+
+
+# Revising a given image
+
+
+def photo(seed: int = 0, size: int = 8) -> Image.Image:
+    pixels = random_pixels(1, size, seed)[0].permute(1, 2, 0).numpy()
+    return Image.fromarray(((pixels + 1) * 127.5).round().astype("uint8"))
+
+
+def encode(pipe, *images: Image.Image) -> torch.Tensor:
+    pixels = np.stack([np.asarray(image) for image in images]).transpose(0, 3, 1, 2) / np.float32(255)
+    with torch.no_grad():
+        return pipe.vae.encode(2 * torch.from_numpy(pixels) - 1).codes
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_revising_an_image_is_revising_its_codes(pipes, condition, selection):
+    pipe, images = pipes[condition], [photo(1), photo(2), photo(3)]
+    conditions = conditions_of(condition) if condition else {}
+    arguments = conditions | dict(selection=selection, num_revise_steps=3, num_revisions=2)
+    codes = encode(pipe, *images)
+    expected = codes_of(pipe, latents=codes, generator=generators(1, 2, 3), **arguments)
+    with Forwards(pipe) as forwards:
+        revised = codes_of(pipe, image=images, generator=generators(1, 2, 3), **arguments)
+    assert torch.equal(revised, expected) and not torch.equal(revised, codes)
+    # no step of a draft: the condition once, then the steps of the revisions
+    assert [rows for rows, _ in forwards.calls] == [0] * (condition is not None) + [3] * 6
+    zero = codes_of(pipe, image=images, num_inference_steps=0, generator=generators(1, 2, 3), **arguments)
+    assert torch.equal(zero, expected)
+
+
+def test_the_number_of_revisions_is_how_far_an_image_is_left_behind(text_pipe):
+    def revised(num_revisions, **arguments):
+        return codes_of(
+            text_pipe, "a cat", image=photo(), num_revisions=num_revisions, generator=generator(), **arguments
+        )
+
+    codes = encode(text_pipe, photo())
+    assert torch.equal(revised(0), codes)
+    reconstruction = text_pipe("a cat", image=photo(), num_revisions=0, output_type="pt").images
+    assert torch.equal(reconstruction, text_pipe.decode_latents(codes, output_type="pt"))
+    # a revision goes on from the one before it
+    seen = []
+    revised(3, num_revise_steps=2, callback_on_step_end=lambda pipe, step, _, kwargs: seen.append(kwargs["latents"]))
+    assert all(torch.equal(revised(n, num_revise_steps=2), seen[2 * n - 1]) for n in (1, 2, 3))
+    # in a single step everything is masked at once, and nothing of the image is left to go by
+    other = codes_of(text_pipe, "a cat", image=photo(9), num_revisions=1, num_revise_steps=1, generator=generator())
+    assert torch.equal(revised(1, num_revise_steps=1), other)
+
+
+def test_one_image_serves_all_prompts_and_one_prompt_all_images(text_pipe):
+    images, prompts = [photo(1), photo(2)], ["a cat", "snow"]
+    for arguments in ((images, prompts[0]), (images[0], prompts), (images, prompts)):
+        image, prompt = (one if isinstance(one, list) else [one] * 2 for one in arguments)
+        expected = codes_of(text_pipe, prompt, image=image, generator=generators(1, 2), guidance_scale=2.0)
+        codes = codes_of(text_pipe, arguments[1], image=arguments[0], generator=generators(1, 2), guidance_scale=2.0)
+        assert torch.equal(codes, expected)
+        for row in range(2):
+            alone = dict(image=image[row], generator=generators(row + 1), guidance_scale=2.0)
+            assert torch.equal(codes_of(text_pipe, prompt[row], **alone)[0], expected[row])
+        several = codes_of(
+            text_pipe,
+            arguments[1],
+            image=arguments[0],
+            num_images_per_prompt=2,
+            generator=generators(1, 3, 2, 4),
+            guidance_scale=2.0,
+        )
+        assert torch.equal(several[::2], expected) and not torch.equal(several[1::2], expected)
+
+
+def test_an_image_may_be_of_any_kind_and_size(text_pipe):
+    image = photo()
+    array, channels = np.asarray(image), np.asarray(image).transpose(2, 0, 1).copy()
+    expected = encode(text_pipe, image)
+    for same in (
+        image,
+        [image],
+        image.convert("RGBA"),
+        array,
+        array / 255,
+        array[None],
+        [array],
+        torch.tensor(channels),
+        torch.tensor(channels)[None] / 255,
+        [torch.tensor(channels) / 255],
+    ):
+        assert torch.equal(codes_of(text_pipe, "a cat", image=same, num_revisions=0), expected)
+    large = photo(size=40)
+    small = large.resize((8, 8), Image.Resampling.LANCZOS)
+    codes = codes_of(text_pipe, "a cat", image=[large, small], num_revisions=0)
+    assert torch.equal(codes[0], codes[1]) and torch.equal(codes[:1], encode(text_pipe, small))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(latents=torch.zeros(1, 4, 4, 3, dtype=torch.int64)), "`image` or `latents` may be given .* got both"),
+        (
+            dict(num_inference_steps=4),
+            r"`num_inference_steps` must lie in \[0, 0\], as an `image` is only revised, got 4",
+        ),
+        (dict(image="cat.png"), "`image` must be a PIL image"),
+        (dict(image=[]), "`image` must not be empty"),
+        (dict(image=np.zeros((8, 8))), r"`image` must hold ndarrays of shape \(height, width, 3\), got \(8, 8\)"),
+        (dict(image=2 * torch.ones(3, 8, 8)), r"`image` must hold numbers in \[0, 1\] or uint8, got \[2.0, 2.0\]"),
+        (dict(image=[photo()] * 3), "`prompt` must be one or 3, one for each of the others, got 2"),
+        (dict(num_revise_steps=17), r"`num_revise_steps` must lie in \[1, 16\]"),
+        (dict(generator=generators(1)), "`generator` must be one or a list of 2"),
+    ],
+)
+def test_a_bad_image_is_refused_by_name(text_pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        text_pipe(**{**dict(prompt=["a cat", "snow"], image=photo()), **arguments})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_image_is_revised_in_half_precision(dtype):
+    pipe = quiet_pipeline("text").to(dtype)
+    revised = pipe("a cat", image=[photo(1), photo(2)], guidance_scale=2.0, output_type="pt").images
+    assert revised.isfinite().all() and revised.std() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["model", "sequential", "leaf_level"])
+def test_an_image_is_encoded_by_an_offloaded_model_too(kind):
+    """The CPU in the part of the accelerator: hooks see every access to a weight, or the call fails."""
+    pipe = quiet_pipeline("text")
+    arguments = dict(prompt="a cat", image=[photo(1), photo(2)], guidance_scale=2.0, output_type="pt")
+    expected = pipe(**arguments, generator=generators(1, 2)).images
+    if kind == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    elif kind == "sequential":
+        for model in (pipe.transformer, pipe.vae):
+            cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
+        assert pipe.vae.encoder.conv_in.weight.is_meta
+    else:
+        pipe.enable_group_offload(torch.device("cpu"), offload_type=kind)
+    offloaded = pipe(**arguments, generator=generators(1, 2)).images
+    torch.testing.assert_close(offloaded, expected, atol=1e-6, rtol=0)
+
+
+# The phases
+
+
+@pytest.mark.parametrize("with_image", [False, True])
+def test_a_draft_samples_every_position_once_and_a_revise_step_changes_its_block_alone(text_pipe, with_image):
+    """As the transformer is asked and as the codes change, whatever the scheduler says of itself."""
+    asked, seen = [], []
+    hook = text_pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(args[1]) if len(args) > 1 else None, with_kwargs=True
+    )
+    draft_steps = 0 if with_image else 5
+    try:
+        codes_of(
+            text_pipe,
+            PROMPTS,
+            image=[photo(1), photo(2), photo(3)] if with_image else None,
+            num_inference_steps=draft_steps,
+            num_revise_steps=3,
+            num_revisions=2,
+            generator=generators(1, 2, 3),
+            callback_on_step_end=lambda pipe, step, timestep, kwargs: seen.append(kwargs["latents"]),
+        )
+    finally:
+        hook.remove()
+    first = encode(text_pipe, photo(1), photo(2), photo(3)) if with_image else text_pipe.prepare_latents(3)
+    assert len(asked) == len(seen) == draft_steps + 6
+    for positions, before, after in zip(asked, [first, *seen], seen):
+        changed = (before != after).any(dim=-1).flatten(1)
+        assert changed.any() and not changed.scatter(1, positions, False).any()
+    phases = [asked[draft_steps : draft_steps + 3], asked[draft_steps + 3 :]]
+    for phase in phases if with_image else [asked[:draft_steps], *phases]:
+        for row in torch.cat(phase, dim=1).tolist():
+            assert sorted(row) == list(range(NUM_POSITIONS))
+    # a partition of its own for every image and revision
+    blocks = {tuple(sorted(row)) for positions in (phases[0][0], phases[1][0]) for row in positions.tolist()}
+    assert len(blocks) == 6
 
 
 # Guidance

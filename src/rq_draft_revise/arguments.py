@@ -51,3 +51,16 @@ def check_phases(conditional: bool, **given) -> None:
     for name in ("guidance_scale", "draft_guidance_scale"):
         if not conditional and given[name] not in (None, 1):
             raise ValueError(f"`{name}` must be 1 or None: this model is unconditional, got {given[name]!r}.")
+
+
+def count_matched(**counts: int) -> int:
+    """The largest of `counts`, such as images, masks and prompts: where there is one of a kind, it serves them all.
+
+    Raises:
+        `ValueError`: several of a kind, but not as many as of the others.
+    """
+    most = max(counts.values())
+    for name, count in counts.items():
+        if count not in (1, most):
+            raise ValueError(f"`{name}` must be one or {most}, one for each of the others, got {count}.")
+    return most

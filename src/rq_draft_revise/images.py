@@ -1,4 +1,4 @@
-"""Between codes and images: what every pipeline does with its RQ-VAE."""
+"""Between codes and images: what every pipeline does with its RQ-VAE, and with the images that it is given."""
 
 import contextlib
 
@@ -9,6 +9,9 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from .rqvae import RQVAEModel
+
+
+Images = Image.Image | np.ndarray | torch.Tensor | list[Image.Image] | list[np.ndarray] | list[torch.Tensor]
 
 
 def decode_codes(
@@ -34,6 +37,65 @@ def encode_pixels(vae: RQVAEModel, pixels: torch.Tensor) -> torch.Tensor:
     """Codes `(batch_size, height, width, code_depth)` of pixels `(batch_size, 3, H, W)` in `[0, 1]`."""
     with torch.no_grad(), float32_weights(vae):
         return vae.encode((2 * pixels - 1).to(vae.dtype)).codes
+
+
+def single_images(images: Images, name: str) -> list[Image.Image | np.ndarray | torch.Tensor]:
+    """A batch one by one as `VaeImageProcessor` takes them: PIL images, or float32 in `[0, 1]` of 3 dimensions.
+
+    `name` is `"image"`, with 3 channels, or `"mask_image"`, with one or none.
+    """
+    channels = 3 if name == "image" else 1
+    kinds = (np.ndarray, torch.Tensor)
+    if isinstance(images, kinds) and (images.ndim == 4 or (channels == 1 and images.ndim == 3)):
+        alone = isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[-1] == 1
+        images = [images] if alone else list(images)
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not images:
+        raise ValueError(f"`{name}` must not be empty, got {images!r}.")
+    singles = []
+    for image in images:
+        if isinstance(image, Image.Image) and image.width and image.height:
+            singles.append(image.convert("RGB" if channels == 3 else "L"))
+            continue
+        if not isinstance(image, kinds):
+            raise ValueError(
+                f"`{name}` must be a PIL image, an array, a tensor or a list of them, not empty, got {image!r}."
+            )
+        last = isinstance(image, np.ndarray)
+        if channels == 1 and image.ndim == 2:
+            image = image[..., None] if last else image[None]
+        shape = tuple(image.shape)
+        if len(shape) != 3 or shape[-1 if last else 0] != channels or 0 in shape:
+            layout = f"(height, width, {channels})" if last else f"({channels}, height, width)"
+            raise ValueError(f"`{name}` must hold {type(image).__name__}s of shape {layout}, got {shape}.")
+        known = (
+            image.dtype.kind == "f" or image.dtype in (np.uint8, np.bool_)
+            if last
+            else (image.is_floating_point() or image.dtype in (torch.uint8, torch.bool))
+        )
+        if not known:
+            raise ValueError(f"`{name}` must hold numbers in [0, 1] or uint8, got {image.dtype}.")
+        values = torch.tensor(image.astype(np.float32)) if last else image.float()
+        if image.dtype in (np.uint8, torch.uint8):
+            values = values / 255
+        if not (values.min() >= 0 and values.max() <= 1):  # so written, NaN is refused too
+            raise ValueError(
+                f"`{name}` must hold numbers in [0, 1] or uint8, got [{float(values.min())}, {float(values.max())}]."
+            )
+        singles.append(values.numpy() if last else values)
+    return singles
+
+
+def prepare_pixels(
+    image: Images, pixel_processor: VaeImageProcessor, image_size: tuple[int, int], device: torch.device | None = None
+) -> torch.Tensor:
+    """Images of any size as pixels of `image_size`, height and width: `(batch_size, 3, height, width)` in `[0, 1]`.
+
+    `pixel_processor` does not normalize: in `[0, 1]` uint8 comes back bit for bit.
+    """
+    height, width = image_size
+    pixels = [pixel_processor.preprocess(one, height=height, width=width) for one in single_images(image, "image")]
+    return torch.cat(pixels).to(device)
 
 
 def check_same_codebook(vae: RQVAEModel, transformer) -> None:

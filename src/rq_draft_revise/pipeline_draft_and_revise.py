@@ -1,4 +1,7 @@
-"""From a prompt or a class to an image: draft every position once, then revise the whole."""
+"""From a prompt or a class to an image: draft every position once, then revise the whole.
+
+Or from an image to its revision, where the draft is left out.
+"""
 
 from collections.abc import Callable
 
@@ -9,26 +12,27 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import check_phases, check_run
+from .arguments import check_phases, check_run, count_matched
 from .conditions import (
     check_condition,
     condition_ids,
+    count_conditions,
     count_images,
     integer_labels,
     names_to_ids,
     recorded_tokenizer,
 )
 from .contextual_rq_transformer import ContextualRQTransformerModel
-from .images import check_same_codebook, decode_codes
+from .images import Images, check_same_codebook, decode_codes, encode_pixels, prepare_pixels, single_images
 from .rqvae import RQVAEModel
 from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_step_numbers
 
 
 class DraftAndRevisePipeline(DiffusionPipeline):
-    r"""Text- or class-conditional, or unconditional, image generation by Draft-and-Revise.
+    r"""Text- or class-conditional, or unconditional, image generation by Draft-and-Revise, and revision of images.
 
     Args:
-        vae ([`RQVAEModel`]): Decodes codes to images.
+        vae ([`RQVAEModel`]): Decodes codes to images, and encodes images that are to be revised.
         transformer ([`ContextualRQTransformerModel`]): Predicts stacks of codes.
         scheduler ([`DraftAndReviseScheduler`]): Partitions, phases, and the defaults of this pipeline's call.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Of a text-conditional transformer.
@@ -56,7 +60,10 @@ class DraftAndRevisePipeline(DiffusionPipeline):
             check_same_codebook(vae, transformer)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, tokenizer=tokenizer)
         self.register_to_config(id2label=integer_labels(id2label))
-        self.image_processor = VaeImageProcessor(vae_scale_factor=vae.spatial_scale_factor if vae is not None else 1)
+        factor = vae.spatial_scale_factor if vae is not None else 1
+        self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
+        # in [0, 1], as images come in and go out
+        self.pixel_processor = VaeImageProcessor(vae_scale_factor=factor, do_normalize=False, do_convert_rgb=True)
 
     def register_to_config(self, **kwargs) -> None:
         """As in diffusers, which calls it for every component set."""
@@ -108,6 +115,7 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         top_p=None,
         generator=None,
         latents=None,
+        image=None,
         output_type="pil",
         callback_on_step_end_tensor_inputs=("latents",),
         callback_on_step_end=None,
@@ -137,8 +145,12 @@ class DraftAndRevisePipeline(DiffusionPipeline):
             top_p=top_p,
         )
 
+        # what to start from
+        if image is not None and latents is not None:
+            raise ValueError("`image` or `latents` may be given to start from, and not both, got both.")
+
         # the rest
-        batch_size = count_images(prompt, class_labels, num_images_per_prompt, self.config.id2label, latents)
+        batch_size = self.count_images(prompt, class_labels, num_images_per_prompt, latents, image)
         check_run(
             config,
             batch_size,
@@ -149,15 +161,26 @@ class DraftAndRevisePipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             allowed_tensor_inputs=self._callback_tensor_inputs,
         )
-        self._check_steps(num_inference_steps, num_revise_steps, latents)
+        self._check_steps(num_inference_steps, num_revise_steps, latents, image)
 
-    def _check_steps(self, num_inference_steps, num_revise_steps, latents) -> None:
+    def count_images(self, prompt=None, class_labels=None, num_images_per_prompt=1, latents=None, image=None) -> int:
+        """Images of a call. One `image` serves all prompts or classes, and one of those all images."""
+        if image is None:
+            return count_images(prompt, class_labels, num_images_per_prompt, self.config.id2label, latents)
+        counts = {"image": len(single_images(image, "image"))}
+        conditions = count_conditions(prompt, class_labels, self.config.id2label)
+        if conditions is not None:
+            counts["prompt" if prompt is not None else "class_labels"] = conditions
+        return count_matched(**counts) * num_images_per_prompt
+
+    def _check_steps(self, num_inference_steps, num_revise_steps, latents, image) -> None:
         """Refuse more steps than positions before anything is set up; the scheduler would do so only afterwards."""
-        to_draft = self._positions_to_draft(latents)
+        to_draft = self._positions_to_draft(latents) if image is None else 0
         if num_inference_steps is not None and not min(1, to_draft) <= num_inference_steps <= to_draft:
+            reason = f"there are {to_draft} positions to draft" if image is None else "an `image` is only revised"
             raise ValueError(
-                f"`num_inference_steps` must lie in [{min(1, to_draft)}, {to_draft}], as there are {to_draft} "
-                f"positions to draft, got {num_inference_steps}."
+                f"`num_inference_steps` must lie in [{min(1, to_draft)}, {to_draft}], as {reason}, "
+                f"got {num_inference_steps}."
             )
         num_positions = self.transformer.num_positions
         if num_revise_steps is not None and num_revise_steps > num_positions:
@@ -208,11 +231,30 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         prefix = self.transformer(**condition).prefix_key_values
         return prefix.repeat_interleave(num_images_per_prompt, dim=2)
 
-    def prepare_latents(self, batch_size: int, latents: torch.Tensor | None = None) -> torch.Tensor:
-        """The code map to start from, `(batch_size, height, width, code_depth)`: all masked unless given."""
+    def prepare_image(self, image: Images) -> torch.Tensor:
+        """Images as pixels of the model's size: `(batch_size, 3, H, W)` in `[0, 1]`."""
+        config, factor = self.transformer.config, self.vae.spatial_scale_factor
+        size = (config.height * factor, config.width * factor)
+        return prepare_pixels(image, self.pixel_processor, size, self._execution_device)
+
+    def prepare_latents(
+        self, batch_size: int, latents: torch.Tensor | None = None, pixels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The code map to start from, `(batch_size, height, width, code_depth)`: all masked unless it is known.
+
+        Args:
+            batch_size (`int`): Code maps.
+            latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): They
+                themselves.
+            pixels (`torch.Tensor` of shape `(batch_size, 3, H, W)`, *optional*): Images in `[0, 1]` to encode, or
+                fewer, each followed by as many rows as it serves.
+        """
         config, device = self.transformer.config, self._execution_device
         if latents is not None:
             return latents.to(device)
+        if pixels is not None:
+            codes = encode_pixels(self.vae, pixels)
+            return codes.repeat_interleave(batch_size // codes.shape[0], dim=0).to(device)
         shape = (batch_size, config.height, config.width, config.code_depth)
         return torch.full(shape, self.transformer.mask_token_id, device=device)
 
@@ -258,6 +300,7 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         top_p: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        image: Images | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["DraftAndRevisePipeline", int, int, dict], dict] | None = None,
@@ -271,9 +314,10 @@ class DraftAndRevisePipeline(DiffusionPipeline):
                 class-conditional model.
             num_images_per_prompt (`int`, defaults to 1): Images of each prompt or class.
             num_inference_steps (`int`, *optional*): Steps of the draft, T_draft, in `[1, positions to draft]`; 0 where
-                `latents` leave nothing to draft.
+                an `image` or `latents` leave nothing to draft.
             num_revise_steps (`int`, *optional*): Steps of one revision, T_revise, in `[1, positions]`.
-            num_revisions (`int`, *optional*): Revisions, M; 0 returns the draft.
+            num_revisions (`int`, *optional*): Revisions, M; 0 returns the draft. With an `image` this is the strength:
+                the first revision leads farthest from it, the next ones on from there.
             guidance_scale (`float`, *optional*): Classifier-free guidance of the revise phase, at least 0; 1 means
                 none and costs no second forward.
             temperature (`float`, *optional*): Temperature of the revise phase, positive.
@@ -287,6 +331,10 @@ class DraftAndRevisePipeline(DiffusionPipeline):
                 rounds differently in different batches).
             latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64, *optional*): Codes to
                 start from. Only masked stacks are drafted; without any the call only revises.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of them, *optional*): What to start from
+                instead: it is encoded, and only revised. Resized to the model's size. Arrays `(H, W, 3)` and tensors
+                `(3, H, W)`, or batches of them, are in `[0, 1]` or uint8. One image serves all prompts or classes,
+                and one of those all images.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the codes.
             return_dict (`bool`, defaults to `True`): An `ImagePipelineOutput` with `images`, or a tuple of them.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, callback_kwargs)`
@@ -313,6 +361,7 @@ class DraftAndRevisePipeline(DiffusionPipeline):
             top_p,
             generator,
             latents,
+            image,
             output_type,
             callback_on_step_end_tensor_inputs,
             callback_on_step_end,
@@ -329,8 +378,9 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         self._interrupt = False
 
         # 1. What to start from, and what to do
-        batch_size = count_images(prompt, class_labels, num_images_per_prompt, self.config.id2label, latents)
-        latents = self.prepare_latents(batch_size, latents)  # (B, h, w, D)
+        batch_size = self.count_images(prompt, class_labels, num_images_per_prompt, latents, image)
+        pixels = None if image is None else self.prepare_image(image)  # (1 or images, 3, H, W)
+        latents = self.prepare_latents(batch_size, latents, pixels)  # (B, h, w, D)
         self.prepare_steps(latents, num_inference_steps, num_revise_steps, num_revisions, selection)
         self.scheduler.set_partitions(latents, self.transformer.mask_token_id, generator)
         timesteps = self.scheduler.timesteps
@@ -339,7 +389,8 @@ class DraftAndRevisePipeline(DiffusionPipeline):
         # 2. The condition, once for all steps
         conditional = self.transformer.prefix_length > 0
         guided = conditional and (self.guidance_scale != 1 or self.draft_guidance_scale != 1)
-        condition = (prompt, class_labels, num_images_per_prompt, negative_prompt)
+        num_conditions = count_conditions(prompt, class_labels, self.config.id2label) or 1
+        condition = (prompt, class_labels, batch_size // num_conditions, negative_prompt)
         prefix = self.encode_condition(*condition, do_classifier_free_guidance=guided)
 
         # 3. Draft, then revise

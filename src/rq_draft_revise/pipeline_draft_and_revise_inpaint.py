@@ -11,7 +11,7 @@ from diffusers.utils import logging
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import check_phases, check_run
+from .arguments import check_phases, check_run, count_matched
 from .conditions import (
     check_condition,
     condition_ids,
@@ -21,14 +21,12 @@ from .conditions import (
     recorded_tokenizer,
 )
 from .contextual_rq_transformer import ContextualRQTransformerModel
-from .images import check_same_codebook, decode_codes, encode_pixels
+from .images import Images, check_same_codebook, decode_codes, encode_pixels, prepare_pixels, single_images
 from .rqvae import RQVAEModel
 from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_step_numbers
 
 
 logger = logging.get_logger(__name__)
-
-Images = Image.Image | np.ndarray | torch.Tensor | list[Image.Image] | list[np.ndarray] | list[torch.Tensor]
 
 
 class DraftAndReviseInpaintPipeline(DiffusionPipeline):
@@ -184,19 +182,15 @@ class DraftAndReviseInpaintPipeline(DiffusionPipeline):
 
     def count_images(self, image, mask_image=None, mask=None, prompt=None, class_labels=None) -> int:
         """Triples of image, mask and condition; where there is one of a kind, it serves all."""
-        counts = {"image": len(_single_images(image, "image"))}
+        counts = {"image": len(single_images(image, "image"))}
         if mask_image is not None:
-            counts["mask_image"] = len(_single_images(mask_image, "mask_image"))
+            counts["mask_image"] = len(single_images(mask_image, "mask_image"))
         if mask is not None:
             counts["mask"] = len(self.check_mask(mask))
         conditions = count_conditions(prompt, class_labels, self.config.id2label)
         if conditions is not None:
             counts["prompt" if prompt is not None else "class_labels"] = conditions
-        most = max(counts.values())
-        for name, count in counts.items():
-            if count not in (1, most):
-                raise ValueError(f"`{name}` must be one or {most}, one for each of the others, got {count}.")
-        return most
+        return count_matched(**counts)
 
     def check_mask(self, mask: torch.Tensor) -> torch.Tensor:
         """Refuse, with a `ValueError`, what is no mask of positions."""
@@ -220,11 +214,7 @@ class DraftAndReviseInpaintPipeline(DiffusionPipeline):
 
     def prepare_image(self, image: Images) -> torch.Tensor:
         """Images as pixels of the model's size: `(batch_size, 3, H, W)` in `[0, 1]`."""
-        height, width = self._image_size
-        images = [
-            self.pixel_processor.preprocess(one, height=height, width=width) for one in _single_images(image, "image")
-        ]
-        return torch.cat(images).to(self._execution_device)
+        return prepare_pixels(image, self.pixel_processor, self._image_size, self._execution_device)
 
     def prepare_mask(self, mask_image: Images | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Pixels to fill, `(batch_size, 1, H, W)` bool, of a mask of pixels or of positions.
@@ -235,7 +225,7 @@ class DraftAndReviseInpaintPipeline(DiffusionPipeline):
             factor = self.vae.spatial_scale_factor
             pixels = mask.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2).unsqueeze(1)
             return pixels.to(self._execution_device)
-        masks = [self.mask_processor.preprocess(one) for one in _single_images(mask_image, "mask_image")]
+        masks = [self.mask_processor.preprocess(one) for one in single_images(mask_image, "mask_image")]
         masks = [F.adaptive_max_pool2d(one, self._image_size) > 0 for one in masks]  # (1, 1, H, W) each
         return torch.cat(masks).to(self._execution_device)
 
@@ -519,50 +509,3 @@ class DraftAndReviseInpaintPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(images, output_type, do_denormalize=[False] * batch_size)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def _single_images(images: Images, name: str) -> list[Image.Image | np.ndarray | torch.Tensor]:
-    """A batch one by one as `VaeImageProcessor` takes them: PIL images, or float32 in `[0, 1]` of 3 dimensions.
-
-    `name` is `"image"`, with 3 channels, or `"mask_image"`, with one or none.
-    """
-    channels = 3 if name == "image" else 1
-    kinds = (np.ndarray, torch.Tensor)
-    if isinstance(images, kinds) and (images.ndim == 4 or (channels == 1 and images.ndim == 3)):
-        alone = isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[-1] == 1
-        images = [images] if alone else list(images)
-    images = list(images) if isinstance(images, (list, tuple)) else [images]
-    if not images:
-        raise ValueError(f"`{name}` must not be empty, got {images!r}.")
-    singles = []
-    for image in images:
-        if isinstance(image, Image.Image) and image.width and image.height:
-            singles.append(image.convert("RGB" if channels == 3 else "L"))
-            continue
-        if not isinstance(image, kinds):
-            raise ValueError(
-                f"`{name}` must be a PIL image, an array, a tensor or a list of them, not empty, got {image!r}."
-            )
-        last = isinstance(image, np.ndarray)
-        if channels == 1 and image.ndim == 2:
-            image = image[..., None] if last else image[None]
-        shape = tuple(image.shape)
-        if len(shape) != 3 or shape[-1 if last else 0] != channels or 0 in shape:
-            layout = f"(height, width, {channels})" if last else f"({channels}, height, width)"
-            raise ValueError(f"`{name}` must hold {type(image).__name__}s of shape {layout}, got {shape}.")
-        known = (
-            image.dtype.kind == "f" or image.dtype in (np.uint8, np.bool_)
-            if last
-            else (image.is_floating_point() or image.dtype in (torch.uint8, torch.bool))
-        )
-        if not known:
-            raise ValueError(f"`{name}` must hold numbers in [0, 1] or uint8, got {image.dtype}.")
-        values = torch.tensor(image.astype(np.float32)) if last else image.float()
-        if image.dtype in (np.uint8, torch.uint8):
-            values = values / 255
-        if not (values.min() >= 0 and values.max() <= 1):  # so written, NaN is refused too
-            raise ValueError(
-                f"`{name}` must hold numbers in [0, 1] or uint8, got [{float(values.min())}, {float(values.max())}]."
-            )
-        singles.append(values.numpy() if last else values)
-    return singles
