@@ -55,3 +55,11 @@ def teacher_forcing(config, batch_size, num_masked, trained=False):
         text = 2 * batch_size * (config.max_text_length - 1) * dim * config.text_vocab_size
     rest = prefix(config, batch_size) + spatial(config, batch_size, batch_size) - embed + depth + head + text
     return rest * (3 if trained else 1) + (embed + project) * (2 if trained else 1)
+
+
+def vgg16(resolution):
+    """Forward pass of one image through VGG16's 13 convolutions, which LPIPS compares images by."""
+    # input channels, output channels, how often the resolution has been halved
+    convolutions = [(3, 64, 0), (64, 64, 0), (64, 128, 1), (128, 128, 1), (128, 256, 2), (256, 256, 2), (256, 256, 2)]
+    convolutions += [(256, 512, 3), (512, 512, 3), (512, 512, 3), (512, 512, 4), (512, 512, 4), (512, 512, 4)]
+    return sum(2 * 9 * ins * outs * (resolution >> halvings) ** 2 for ins, outs, halvings in convolutions)

@@ -1,15 +1,19 @@
 """Make a trained pipeline ready to publish: cast, in small files, without the paths of the machine that made it.
 
-python examples/export_pipeline.py runs/emoji-transformer pipelines/emoji-scenes --dtype float16
+    python examples/export_pipeline.py runs/emoji-transformer pipelines/emoji-scenes --dtype float16
+
+Where `output_dir` has no README.md yet, the pipeline's own is copied, or one is written of what is known.
 """
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
 
-from rq_draft_revise import DraftAndRevisePipeline
+import rq_draft_revise
+from rq_draft_revise.model_card import linked_files, model_card, moved_card, only_variant
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -20,27 +24,56 @@ def parse_args(argv=None):
     parser.add_argument("pipeline", help="Folder of the trained pipeline.")
     parser.add_argument("output_dir", help="Folder to write; files of the same names are replaced.")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float16", help="Of the weights; the codebook stays float32."
+        "--dtype", choices=DTYPES, default="float16", help="Of the weights; the RQ-VAE's codebook stays float32."
     )
+    parser.add_argument("--variant", help="Names the files of weights, such as fp16.")
     parser.add_argument("--max_shard_size", default="16MB", help="Of each file of weights.")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    pipe = DraftAndRevisePipeline.from_pretrained(args.pipeline, torch_dtype=DTYPES[args.dtype])
-    pipe.save_pretrained(args.output_dir, max_shard_size=args.max_shard_size)
-    folder = Path(args.output_dir)
+    source, folder = Path(args.pipeline), Path(args.output_dir)
+    pipe = load_pipeline(source, DTYPES[args.dtype])
+    pipe.save_pretrained(folder, max_shard_size=args.max_shard_size, variant=args.variant)
     for path in [folder / "model_index.json", *sorted(folder.glob("*/*config.json"))]:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         for name in ("_name_or_path", "is_local", "local_files_only"):
             content.pop(name, None)
         if content.get("tokenizer_class") == "TokenizersBackend":
             # transformers 5 renamed the class; 4 and 5 both know the old name
             content["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not (folder / "README.md").exists():
+        write_card(pipe, source, folder, args.variant)
     files = [path for path in folder.glob("**/*") if path.is_file()]
     print(f"Wrote {folder}: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB in {len(files)} files.")
+
+
+def load_pipeline(folder: Path, dtype: torch.dtype):
+    """A pipeline of whichever class of this package its index names, cast."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise ValueError(f"`pipeline` must be the folder of a pipeline, got {folder}, without a model_index.json.")
+    class_name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+    names = [name for name in rq_draft_revise.__all__ if name.endswith("Pipeline")]
+    if class_name not in names:
+        raise ValueError(f"`pipeline` must be one of {names}, got {class_name!r} in {folder}.")
+    return getattr(rq_draft_revise, class_name).from_pretrained(folder, dtype=dtype, variant=only_variant(folder))
+
+
+def write_card(pipe, source: Path, folder: Path, variant: str | None) -> None:
+    """Copy the card of `source` into `folder`, with the files it links to, or write one."""
+    if not (source / "README.md").is_file():
+        model_card(pipe, folder.as_posix(), variant=variant).save(folder / "README.md")
+        return
+    text = (source / "README.md").read_text(encoding="utf-8")
+    for name in linked_files(text, source):
+        if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+    text = moved_card(text, source.resolve().as_posix(), folder.as_posix())
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,27 @@
-"""Train an RQ-VAE: images to maps of D codes a position, and back.
+"""Train an RQ-VAE: images to maps of D codes a position, and back. A model of D = 1 is a VQGAN.
 
     accelerate launch examples/train_rqvae.py \\
-        --vae_config pipelines/emoji-scenes/vae --dataset_name data/emoji-scenes --resolution 64 \\
-        --cache_images_in_memory --train_batch_size 32 --max_train_steps 30000 --output_dir runs/emoji-vae
+        --vae_config pipelines/imagenet-256-1.4b/vae --train_data_dir imagenet/train --output_dir runs/imagenet-vae
 
 Plain `python examples/train_rqvae.py ...` is the same run on one process. (Several processes on CPUs take
 `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_rqvae.py ...`: accelerate launch --cpu starts one.)
-The loss is
+The defaults are the recipe of the paper and its parent, for four processes. The RQ-VAE descends
 
-    reconstruction (MSE, L1 or both, means over elements) + commitment_weight * commitment,
+    reconstruction (MSE, L1 or both) + perceptual_weight * LPIPS + commitment_weight * commitment
+        + adversarial_weight * adaptive weight * adversarial,
 
-while the codebook follows the encoder's latents by an exponential moving average, once an optimizer step. Into
-`output_dir` the script writes `train_log.jsonl` (the curves of a model card), `checkpoint-<step>/` folders to resume
-from, grids of reconstructions, and at the end the averaged weights in diffusers' format.
+means over elements, while a patch discriminator learns by the hinge loss to tell reconstructions from images, and the
+codebook follows the encoder's latents by an exponential moving average, once an optimizer step. A weight of 0 leaves a
+loss out with all that it needs. A recipe for a CPU, without both:
+
+    accelerate launch examples/train_rqvae.py \\
+        --vae_config pipelines/emoji-scenes/vae --dataset_name data/emoji-scenes --resolution 64 \\
+        --cache_images_in_memory --perceptual_weight 0 --adversarial_weight 0 --reconstruction_loss both \\
+        --learning_rate 8e-4 --lr_scheduler cosine --max_train_steps 30000 --output_dir runs/emoji-vae
+
+Into `output_dir` the script writes `train_log.jsonl` (the curves of a model card), `checkpoint-<step>/` folders to
+resume from, grids of reconstructions, and at the end the averaged weights in diffusers' format. SIGTERM makes it write
+a checkpoint and end.
 """
 
 import argparse
@@ -25,14 +34,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from tqdm.auto import tqdm
 
 from rq_draft_revise import RQVAEModel
 from rq_draft_revise.budget import Budget, learning_rate_at
 from rq_draft_revise.checkpoints import TrainingLog, load_checkpoint, save_checkpoint
 from rq_draft_revise.data import decode_all, decoded_batches, load_split, to_pixel_values, training_order
+from rq_draft_revise.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    adversarial_loss,
+    discriminator_hinge_loss,
+)
+from rq_draft_revise.divergence import NonFiniteGuard
+from rq_draft_revise.flags import tracked
+from rq_draft_revise.hub import create_repository, upload
+from rq_draft_revise.interruption import StopSignal
+from rq_draft_revise.losses import PerceptualLoss, reconstruction_loss
 
 
 def parse_args(argv=None):
@@ -42,47 +63,89 @@ def parse_args(argv=None):
     group.add_argument("--vae_config", help="config.json, or a folder with one: train from scratch.")
     group.add_argument("--vae", help="Folder or Hub id of an RQ-VAE to fine-tune.")
     group.add_argument("--pretrained_model_name_or_path", help="Pipeline whose `vae` subfolder is fine-tuned.")
-    group.add_argument("--reconstruction_loss", choices=["mse", "l1", "both"], default="mse")
+    group.add_argument("--gradient_checkpointing", action="store_true",
+                       help="Compute activations again in the backward pass: less memory, more time.")  # fmt: skip
+    group.add_argument("--compile", action="store_true", help="torch.compile the encoder's and the decoder's blocks.")
+
+    group = parser.add_argument_group("losses")
+    group.add_argument("--reconstruction_loss", choices=["mse", "l1", "both"], default="mse",
+                       help="Default and paper: mse.")  # fmt: skip
+    group.add_argument("--perceptual_weight", type=float, default=1.0,
+                       help="Weight of LPIPS. Default and paper: 1; 0 trains without, and needs neither the package "
+                       "nor its weights.")  # fmt: skip
+    group.add_argument("--lpips_weights", help="State dict of torchvision's vgg16, for machines without a network. "
+                       "Default: torchvision downloads it.")  # fmt: skip
+    group.add_argument("--adversarial_weight", type=float, default=0.75,
+                       help="Of the adversarial loss, times the adaptive weight. Default and paper: 0.75; 0 trains "
+                       "without a discriminator.")  # fmt: skip
+    group.add_argument("--max_adaptive_weight", type=float, default=1e4, help="Default and paper: 10,000.")
+    group.add_argument("--discriminator_channels", type=int, default=64,
+                       help="Of its first convolution; the next two double them. Default and paper: 64.")  # fmt: skip
+    group.add_argument("--discriminator_start_step", type=int, default=0,
+                       help="Optimizer steps before it begins to learn. Default and paper: 0.")  # fmt: skip
+    group.add_argument("--discriminator_warmup_steps", type=int,
+                       help="Optimizer steps that it then learns alone, before the RQ-VAE sees its gradient. Default: "
+                       "half an epoch, but at most a tenth of the run. The paper's parent has none.")  # fmt: skip
+    group.add_argument("--discriminator_learning_rate", type=float, help="Default and paper: --learning_rate.")
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", help="Hub id, or a local folder that `datasets.load_dataset` reads.")
     group.add_argument("--train_data_dir", help="Folder of images.")
     group.add_argument("--data_files", nargs="+", help="Files of the training split (parquet, csv, json, tar).")
-    group.add_argument("--train_split", default="train")
-    group.add_argument("--validation_split", default="test", help="'none' trains without validation.")
-    group.add_argument("--image_column", default="image")
-    group.add_argument("--resolution", type=int, help="Default: the model's sample_size.")
+    group.add_argument("--train_split", default="train", help="Default: train.")
+    group.add_argument("--validation_split", default="test", help="Default: test. 'none' trains without validation.")
+    group.add_argument("--image_column", default="image", help="Default: image.")
+    group.add_argument("--resolution", type=int, help="Height and width in pixels. Default: the model's sample_size; "
+                       "paper: 256.")  # fmt: skip
     group.add_argument("--random_flip", action="store_true", help="Mirror half of the images, chosen anew each epoch.")
     group.add_argument("--cache_images_in_memory", action="store_true",
                        help="Decode every image once, into one uint8 tensor per process.")  # fmt: skip
-    group.add_argument("--dataloader_num_workers", type=int, default=0, help="Unused with cached images.")
+    group.add_argument("--dataloader_num_workers", type=int, default=0,
+                       help="Processes that decode ahead; default 0. Unused with cached images.")  # fmt: skip
 
     group = parser.add_argument_group("optimization")
-    group.add_argument("--train_batch_size", type=int, default=32, help="Images per process and micro-batch.")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    group.add_argument("--num_train_epochs", type=int, default=10)
+    group.add_argument("--train_batch_size", type=int, default=32,
+                       help="Images per process and micro-batch. Default: 32; paper: 32 in 4 processes.")  # fmt: skip
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1,
+                       help="Micro-batches an optimizer step. Default: 1.")  # fmt: skip
+    group.add_argument("--num_train_epochs", type=int, default=10,
+                       help="Default: 10. Paper: 10, and 50 for the better of its models.")  # fmt: skip
     group.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides --num_train_epochs.")
-    group.add_argument("--max_train_seconds", type=float, help="Stop cleanly, at learning rate 0, after this long.")
-    group.add_argument("--learning_rate", type=float, default=4e-5)
-    group.add_argument("--lr_scheduler", choices=["cosine", "constant"], default="cosine")
-    group.add_argument("--lr_warmup_steps", type=int, default=0)
-    group.add_argument("--adam_beta1", type=float, default=0.5)
-    group.add_argument("--adam_beta2", type=float, default=0.9)
-    group.add_argument("--max_grad_norm", type=float, default=0.0, help="0 does not clip, as in the paper's parent.")
-    group.add_argument("--ema_decay", type=float, default=0.999, help="Of the exported weights; 0 turns it off.")
+    group.add_argument("--max_train_seconds", type=float, help="Stop cleanly after this long, the learning rate's "
+                       "cosine at 0.")  # fmt: skip
+    group.add_argument("--learning_rate", type=float, default=4e-5, help="Default and paper: 4e-5.")
+    group.add_argument("--lr_scheduler", choices=["cosine", "constant"], default="constant",
+                       help="After the warm-up. Default and paper: constant.")  # fmt: skip
+    group.add_argument("--lr_warmup_steps", type=int,
+                       help="Default: half an epoch as in the paper, but at most a tenth of the run.")  # fmt: skip
+    group.add_argument("--adam_beta1", type=float, default=0.5, help="Default and paper: 0.5.")
+    group.add_argument("--adam_beta2", type=float, default=0.9, help="Default and paper: 0.9.")
+    group.add_argument("--max_grad_norm", type=float, default=0.0,
+                       help="Of the RQ-VAE and of the discriminator. Default and paper: 0, no clipping.")  # fmt: skip
+    group.add_argument("--max_nonfinite_steps", type=int, default=10,
+                       help="A step with a NaN or infinite loss or gradient is left out; so many in a row end the "
+                       "run. Default: 10.")  # fmt: skip
+    group.add_argument("--ema_decay", type=float, default=0.999,
+                       help="Of the exported weights; default 0.999, 0 turns it off. (The codebook's decay is in the "
+                       "model's config: 0.99.)")  # fmt: skip
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: as accelerate configured.")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0, help="Default: 0.")
 
     group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", default="rqvae-model")
-    group.add_argument("--logging_steps", type=int, default=50)
-    group.add_argument("--validation_steps", type=int, default=1000)
+    group.add_argument("--output_dir", default="rqvae-model", help="Default: rqvae-model.")
+    group.add_argument("--logging_steps", type=int, default=50, help="Default: 50.")
+    group.add_argument("--validation_steps", type=int, default=1000, help="Default: 1000.")
     group.add_argument("--validation_batch_size", type=int, help="Default: --train_batch_size.")
     group.add_argument("--max_validation_images", type=int, help="Default: the whole split.")
-    group.add_argument("--checkpointing_steps", type=int, default=1000)
-    group.add_argument("--checkpoints_total_limit", type=int)
+    group.add_argument("--checkpointing_steps", type=int, default=1000, help="Default: 1000.")
+    group.add_argument("--checkpoints_total_limit", type=int, help="Keep so many, the newest. Default: all.")
     group.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' for the newest, if any.")
-    group.add_argument("--report_to", help="tensorboard, wandb, ... besides the JSON lines.")
+    group.add_argument("--report_to", help="tensorboard, wandb, trackio or another tracker of accelerate's, or 'all', "
+                       "besides the JSON lines.")  # fmt: skip
+    group.add_argument("--push_to_hub", action="store_true", help="Upload the model, its log and a grid at the end.")
+    group.add_argument("--hub_model_id", help="Repository to push to. Default: the name of --output_dir.")
+    group.add_argument("--hub_token", help="Default: of `hf auth login`.")
+    group.add_argument("--hub_private_repo", action="store_true", help="Make a new repository private.")
 
     args = parser.parse_args(argv)
     if sum(source is not None for source in (args.vae_config, args.vae, args.pretrained_model_name_or_path)) != 1:
@@ -91,11 +154,17 @@ def parse_args(argv=None):
         raise ValueError("Give the images by --dataset_name, --train_data_dir or --data_files.")
     for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
                  "logging_steps", "validation_steps", "max_validation_images", "checkpointing_steps",
-                 "checkpoints_total_limit", "validation_batch_size"):  # fmt: skip
+                 "checkpoints_total_limit", "validation_batch_size", "discriminator_channels", "max_nonfinite_steps",
+                 ):  # fmt: skip
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     if args.max_train_seconds is not None and not args.max_train_seconds > 0:
         raise ValueError(f"--max_train_seconds must be positive, got {args.max_train_seconds}.")
+    for name in ("perceptual_weight", "adversarial_weight", "max_adaptive_weight", "max_grad_norm", "lr_warmup_steps",
+                 "discriminator_start_step", "discriminator_warmup_steps"):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{name} must be finite and not negative, got {value}.")
     if not 0 <= args.ema_decay < 1:
         raise ValueError(f"--ema_decay must lie in [0, 1), got {args.ema_decay}.")
     return args
@@ -124,16 +193,63 @@ def training_batches(args, dataset, images, start, accelerator):
         yield to_pixel_values(batch, flips.to(device) if args.random_flip else None)
 
 
-# -------------------------------------------------------------------------------------------------------- losses
+# --------------------------------------------------------------------------------------------------------- steps
 
 
-def reconstruction_loss(sample, pixel_values, kind):
-    """Returns the loss to descend and the MSE to report, both in units of the [-1, 1] range."""
-    mse = F.mse_loss(sample, pixel_values)
-    if kind == "mse":
-        return mse, mse
-    l1 = F.l1_loss(sample, pixel_values)
-    return (l1 if kind == "l1" else mse + l1), mse
+def last_layer_gradients(rqvae, sample, pixel_gradient, adversarial_gradient, scale, accelerator):
+    """The gradients of two losses with respect to the weight of the decoder's last layer, from those to `sample`.
+
+    Means over all processes: each then has the same adaptive weight, that of their images together. `scale` is
+    float16's loss scale, without which this backward pass would underflow.
+    """
+    weight = rqvae.decoder.conv_out.weight
+    gradients = [
+        torch.autograd.grad(sample, weight, scale * gradient, retain_graph=True)[0] / scale
+        for gradient in (pixel_gradient, adversarial_gradient)
+    ]
+    return accelerator.reduce(torch.stack(gradients), "mean").unbind()
+
+
+def step_together(optimizers, scaler):
+    """Step prepared optimizers whose gradients are clipped already, and with them unscaled."""
+    if scaler is None:
+        for optimizer in optimizers:
+            optimizer.step()
+        return
+    # accelerate's own step of float16 ends with an update of the scaler, which forgets that the gradients of the next
+    # optimizer are unscaled too: they would be divided by the scale twice.
+    for optimizer in optimizers:
+        scaler.step(optimizer.optimizer)
+    scaler.update()
+
+
+# ----------------------------------------------------------------------------------------------------------- log
+
+
+def window_means(window, accelerator):
+    """What the log says of the steps since its last line: means over steps and processes. Waits for the device."""
+    means = {}
+    for name, values in window.items():
+        value = torch.stack(values).float().mean(0)
+        # update_codebook already returns the same numbers in every process, and the gradients were averaged
+        if name not in ("usage", "perplexity", "restarts", "grad_norm", "discriminator_grad_norm"):
+            value = accelerator.reduce(value, "mean")
+        means[name] = value.tolist()
+    means["psnr"] = 10 * math.log10(4 / max(means["mse"], 1e-10))  # the range has length 2, its square is 4
+    return means
+
+
+def described(means):
+    """The same for a person."""
+    parts = [f"loss {means['loss']:.5f} mse {means['mse']:.5f} commitment {means['commitment_loss']:.5f}"]
+    if "perceptual_loss" in means:
+        parts.append(f"lpips {means['perceptual_loss']:.4f}")
+    if "adversarial_weight" in means:
+        parts.append(f"adversarial {means['adversarial_loss']:+.3f} x {means['adversarial_weight']:.2e}")
+    if "discriminator_loss" in means:
+        parts.append(f"discriminator {means['discriminator_loss']:.3f}")
+    parts.append(f"usage {' '.join(f'{u:.3f}' for u in means['usage'])} restarts {sum(means['restarts']):.1f}")
+    return " " + " ".join(parts)
 
 
 # ---------------------------------------------------------------------------------------------------- validation
@@ -171,7 +287,7 @@ def reconstruction_metrics(rqvae, images, batch_size, accelerator):
 
 @torch.no_grad()
 def save_grid(rqvae, images, path, accelerator, columns=8):
-    """Write a PNG of `images`, each row of originals above the row of their reconstructions."""
+    """Write a PNG of `images`, each row of originals above the row of their reconstructions; return it `(H, W, 3)`."""
     with accelerator.autocast():
         sample = rqvae(to_pixel_values(images.to(accelerator.device))).sample.float()
     sample = ((sample.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
@@ -180,7 +296,9 @@ def save_grid(rqvae, images, path, accelerator, columns=8):
         for row in (originals, reconstructions):
             row = torch.cat(list(row), dim=2)
             rows.append(F.pad(row, (0, columns * images.shape[-1] - row.shape[-1])))
-    Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy()).save(path)
+    grid = torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
+    Image.fromarray(grid).save(path)
+    return grid
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -196,12 +314,16 @@ def main(args):
         # them from process 0 before every forward would cost 16 MB a step and hide a divergence.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        # A hundred million parameters fit everywhere; the adaptive weight needs the decoder's last layer whole.
+        raise ValueError(f"An RQ-VAE trains by data parallelism (DDP), got {accelerator.distributed_type.value}.")
     # The same seed in every process: the model, and with it the codebook, starts out the same everywhere. The order of
     # the images does not depend on this state at all.
     set_seed(args.seed)
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
+        repo_id = create_repository(args)
 
     # 1. Model
     if args.vae_config is not None:
@@ -214,9 +336,43 @@ def main(args):
         args.resolution = rqvae.config.sample_size
     if args.resolution < 1 or args.resolution % rqvae.spatial_scale_factor:
         raise ValueError(f"--resolution must be a multiple of {rqvae.spatial_scale_factor}, got {args.resolution}.")
+    if args.gradient_checkpointing:
+        rqvae.enable_gradient_checkpointing()
     optimizer = torch.optim.Adam(rqvae.parameters(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
     # `model` is what trains (wrapped for several processes, autocast); `rqvae` stays the module inside it.
     model, optimizer = accelerator.prepare(rqvae.train(), optimizer)
+
+    if args.compile:
+        # Block by block: the decoder's last layer, whose gradient the adaptive weight asks for, stays out of it.
+        for part in (rqvae.encoder, rqvae.decoder.mid_block, *rqvae.decoder.up_blocks):
+            part.compile()
+
+    perceptual_loss, discriminator = None, None
+    if args.perceptual_weight > 0:
+        if args.resolution < PerceptualLoss.minimum_size:
+            raise ValueError(
+                f"--resolution must be at least {PerceptualLoss.minimum_size} for the perceptual loss, got "
+                f"{args.resolution}; --perceptual_weight 0 trains without."
+            )
+        with accelerator.local_main_process_first():  # one process downloads what the others then find
+            perceptual_loss = PerceptualLoss(args.lpips_weights).to(accelerator.device)
+    trained = [model]
+    if args.adversarial_weight > 0:
+        discriminator = PatchDiscriminator(rqvae.config.out_channels, args.discriminator_channels)
+        if args.resolution < discriminator.minimum_size:
+            raise ValueError(
+                f"--resolution must be at least {discriminator.minimum_size} for the discriminator, got "
+                f"{args.resolution}; --adversarial_weight 0 trains without."
+            )
+        if args.discriminator_learning_rate is None:
+            args.discriminator_learning_rate = args.learning_rate
+        discriminator_optimizer = torch.optim.Adam(
+            discriminator.parameters(),
+            lr=args.discriminator_learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+        )
+        discriminator_model, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
+        trained.append(discriminator_model)
 
     # The average covers the parameters. The codebook is exported live: it already is an average of the latents (decay
     # 0.99, some hundred steps), and averaging it over again would mix the vector of a restarted code with the dead one
@@ -249,14 +405,29 @@ def main(args):
     # 3. Length of the run
     total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(train_dataset) / total_batch_size)
-    progress = {"step": 0, "images": 0, "epoch": 0, "seconds": 0.0}
+    half_an_epoch = math.ceil(0.5 * len(train_dataset) / total_batch_size)
+    default_warmup_steps = min(half_an_epoch, max_train_steps // 10)
+    lr_warmup_steps = default_warmup_steps if args.lr_warmup_steps is None else args.lr_warmup_steps
+    discriminator_warmup_steps = (
+        default_warmup_steps if args.discriminator_warmup_steps is None else args.discriminator_warmup_steps
+    )
+    adversarial_start_step = args.discriminator_start_step + discriminator_warmup_steps
+    arguments = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    progress = {"step": 0, "images": 0, "epoch": 0, "seconds": 0.0, "skipped_steps": 0}
     if args.resume_from_checkpoint is not None:
-        progress = load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint) or progress
+        progress = load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint, arguments) or progress
     step, images_seen = progress["step"], progress["images"]
     log = TrainingLog(accelerator, output_dir, step)
     if args.report_to is not None:
-        accelerator.init_trackers("rqvae", config={k: v for k, v in vars(args).items() if not isinstance(v, list)})
+        accelerator.init_trackers("rqvae", config=tracked(args))
 
+    losses = f"{args.reconstruction_loss}, LPIPS x {args.perceptual_weight}, adversarial x {args.adversarial_weight}"
+    if discriminator is not None:
+        losses += (
+            f" from step {adversarial_start_step:,} (discriminator of "
+            f"{sum(p.numel() for p in discriminator.parameters()):,} parameters, from step "
+            f"{args.discriminator_start_step:,})"
+        )
     accelerator.print(
         f"parameters: {sum(p.numel() for p in rqvae.parameters()):,} + codebook of "
         f"{rqvae.config.codebook_size:,} x {rqvae.config.latent_channels} at {rqvae.config.code_depth} depths\n"
@@ -266,7 +437,8 @@ def main(args):
         f"{args.gradient_accumulation_steps} micro-batches\n"
         f"steps: {max_train_steps:,} ({max_train_steps * total_batch_size / len(train_dataset):.1f} epochs)"
         + (f" or {args.max_train_seconds:,.0f} seconds" if args.max_train_seconds else "")
-        + f", from step {step:,}",
+        + f", from step {step:,}; learning rate {args.learning_rate:.2e} after {lr_warmup_steps:,} steps of warm-up\n"
+        + f"losses: {losses}"
     )
 
     def validate():
@@ -280,88 +452,162 @@ def main(args):
         # serves the batch at hand and nothing else: then the training loss falls while both numbers here are bad.
         train = reconstruction_metrics(rqvae, compared_images, batch_size, accelerator)
         if accelerator.is_main_process:
-            save_grid(rqvae, validation_images[:16], output_dir / f"reconstructions-{step:07d}.png", accelerator)
+            path = output_dir / f"reconstructions-{step:07d}.png"
+            grid = save_grid(rqvae, validation_images[:16], path, accelerator)
+            for tracker in accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    tracker.log_images({"reconstructions": [grid]}, step=step)
         if ema is not None:
             ema.restore(rqvae.parameters())
         rqvae.train()
         entry = {"kind": "validation", "step": step, "images": images_seen, "seconds": round(budget.elapsed(), 2)}
         entry |= held_back | {"train_mse": train["mse"], "train_psnr": train["psnr"]}
         entry["mse_gap"] = held_back["mse"] - train["mse"]
+        entry["relative_mse_gap"] = entry["mse_gap"] / train["mse"]
         usage = " ".join(f"{u:.3f}" for u in held_back["usage"])
         log.write(
             entry,
             f"  validation at step {step}: mse {held_back['mse']:.5f} psnr {held_back['psnr']:.2f} dB "
-            f"gap {entry['mse_gap']:+.5f} usage {usage}",
+            f"gap {entry['mse_gap']:+.5f} ({entry['relative_mse_gap']:+.1%}) usage {usage}",
         )
+
+    def checkpoint():
+        epoch = images_seen // len(train_dataset)
+        progress = {"step": step, "images": images_seen, "epoch": epoch, "seconds": budget.elapsed()}
+        progress["skipped_steps"] = guard.num_skipped
+        save_checkpoint(accelerator, output_dir, progress, arguments, args.checkpoints_total_limit)
 
     # 4. Training
     budget = Budget(accelerator, max_train_steps, args.max_train_seconds, progress["seconds"])
+    guard = NonFiniteGuard(accelerator, args.max_nonfinite_steps)
+    guard.num_skipped = progress.get("skipped_steps", 0)
     batches = training_batches(args, train_dataset, train_images, images_seen, accelerator)
     generator = torch.Generator()
-    sums, window_steps, window_started = defaultdict(float), 0, time.monotonic()
-    while (fraction := budget.fraction_used(step)) < 1:
-        learning_rate = learning_rate_at(step, fraction, args.learning_rate, args.lr_scheduler, args.lr_warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+    window, window_images, window_started, stopped = defaultdict(list), 0, time.monotonic(), False
+    bar = tqdm(
+        total=max_train_steps * total_batch_size,
+        initial=images_seen,
+        unit=" images",
+        unit_scale=True,
+        disable=None if accelerator.is_main_process else True,  # None: only where a person looks on
+    )
+    stop = StopSignal(accelerator)
+    with stop, bar:
+        while (fraction := budget.fraction_used(step)) < 1:
+            warmup = learning_rate_at(step, fraction, 1.0, args.lr_scheduler, lr_warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate = args.learning_rate * warmup
+            discriminator_learns = discriminator is not None and step >= args.discriminator_start_step
+            if discriminator_learns:
+                for group in discriminator_optimizer.param_groups:
+                    group["lr"] = args.discriminator_learning_rate * warmup
 
-        latents = []
-        for _ in range(args.gradient_accumulation_steps):
-            pixel_values = next(batches)
-            with accelerator.accumulate(model):
-                out = model(pixel_values)
-                reconstruction, mse = reconstruction_loss(out.sample, pixel_values, args.reconstruction_loss)
-                loss = reconstruction + rqvae.config.commitment_weight * out.commitment_loss
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and args.max_grad_norm > 0:
-                    accelerator.clip_grad_norm_(rqvae.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            latents.append(out.latents.detach())
-            share = 1 / args.gradient_accumulation_steps
-            for name, value in (("loss", loss), ("mse", mse), ("reconstruction_loss", reconstruction),
-                                ("commitment_loss", out.commitment_loss)):  # fmt: skip
-                sums[name] += value.detach() * share
-        # One update from the latents of the whole batch, so that micro-batches make no difference. Restarts draw from
-        # (seed, step) and not from the global state, which data loaders draw from too.
-        generator.manual_seed(args.seed * 1_000_003 + step)
-        stats = rqvae.update_codebook(latents, generator=generator)
-        if ema is not None:
-            ema.step(rqvae.parameters())
-        sums["usage"] += stats.usage
-        sums["perplexity"] += stats.perplexity
-        sums["restarts"] += stats.num_restarted
+            # The gradients of both networks, over all micro-batches. Both see the other one as it was before the step.
+            latents, means = [], defaultdict(float)
+            for _ in range(args.gradient_accumulation_steps):
+                pixel_values = next(batches)
+                with accelerator.accumulate(*trained):
+                    out = model(pixel_values)
+                    # The losses are differentiated down to the pixels, once each; from there one backward pass takes
+                    # their weighted sum through the decoder: the adaptive weight costs no second pass through VGG16.
+                    sample = out.sample.detach().requires_grad_()
+                    reconstruction, mse = reconstruction_loss(sample, pixel_values, args.reconstruction_loss)
+                    values = {"mse": mse, "reconstruction_loss": reconstruction}
+                    loss = reconstruction
+                    if perceptual_loss is not None:
+                        values["perceptual_loss"] = perceptual_loss(sample, pixel_values)
+                        loss = loss + args.perceptual_weight * values["perceptual_loss"]
+                    (pixel_gradient,) = torch.autograd.grad(loss, sample)
+                    if discriminator is not None and step >= adversarial_start_step:
+                        scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
+                        values["adversarial_loss"] = adversarial_loss(discriminator(sample))
+                        (adversarial_gradient,) = torch.autograd.grad(scale * values["adversarial_loss"], sample)
+                        adversarial_gradient = adversarial_gradient / scale
+                        weight = args.adversarial_weight * adaptive_weight(
+                            *last_layer_gradients(
+                                rqvae, out.sample, pixel_gradient, adversarial_gradient, scale, accelerator
+                            ),
+                            maximum=args.max_adaptive_weight,
+                        )
+                        values["adversarial_weight"] = weight
+                        pixel_gradient = pixel_gradient + weight * adversarial_gradient
+                    commitment = rqvae.config.commitment_weight * out.commitment_loss
+                    accelerator.backward((out.sample * pixel_gradient).sum() + commitment)
+                    # Without the adversarial loss, which measures no distance, only who is ahead at the moment.
+                    values |= {"loss": loss + commitment, "commitment_loss": out.commitment_loss}
 
-        step += 1
-        images_seen += total_batch_size
-        window_steps += 1
+                    if discriminator_learns:
+                        # One pass for both: DDP wants one forward for a backward, and GroupNorm keeps images apart.
+                        real, fake = discriminator_model(torch.cat([pixel_values, sample.detach()])).chunk(2)
+                        values["discriminator_loss"] = discriminator_hinge_loss(real, fake)
+                        values |= {"discriminator_real": real.mean(), "discriminator_fake": fake.mean()}
+                        accelerator.backward(values["discriminator_loss"])
+                latents.append(out.latents.detach())
+                for name, value in values.items():
+                    means[name] += value.detach() / args.gradient_accumulation_steps
 
-        if step % args.logging_steps == 0:
-            # The only place where the host waits for the device.
-            means = {}
-            for name, value in sums.items():
-                value = value.float() / window_steps
-                # update_codebook already returns the same numbers in every process
-                value = accelerator.reduce(value, "mean") if name.endswith(("loss", "mse")) else value
-                means[name] = value.tolist()
-            rate = window_steps * total_batch_size / (time.monotonic() - window_started)
-            entry = {"kind": "train", "step": step, "images": images_seen, "seconds": round(budget.elapsed(), 2),
-                     "images_per_second": round(rate, 2), "learning_rate": learning_rate, **means}  # fmt: skip
-            log.write(
-                entry,
-                f"step {step}/{max_train_steps} images {images_seen:,} {rate:.1f}/s lr {learning_rate:.2e} "
-                f"loss {means['loss']:.5f} mse {means['mse']:.5f} commitment {means['commitment_loss']:.5f} "
-                f"usage {' '.join(f'{u:.3f}' for u in means['usage'])} restarts {means['restarts']:.1f}",
-            )
-            sums, window_steps, window_started = defaultdict(float), 0, time.monotonic()
+            # The step, of both networks or of neither.
+            max_grad_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+            means["grad_norm"] = accelerator.clip_grad_norm_(rqvae.parameters(), max_grad_norm)
+            total_loss, total_norm = means["loss"], means["grad_norm"]
+            optimizers = [optimizer]
+            if discriminator_learns:
+                # Not accelerator's, which has unscaled the gradients of both by now, and refuses to do it again.
+                norm = torch.nn.utils.clip_grad_norm_(discriminator.parameters(), max_grad_norm)
+                means["discriminator_grad_norm"] = norm
+                total_loss, total_norm = total_loss + means["discriminator_loss"], torch.hypot(total_norm, norm)
+                optimizers.append(discriminator_optimizer)
+            if guard.accepts(total_loss, total_norm):
+                step_together(optimizers, accelerator.scaler)
+                # One update from the latents of the whole batch, so that micro-batches make no difference. Restarts
+                # draw from (seed, step) and not from the global state, which data loaders draw from too.
+                generator.manual_seed(args.seed * 1_000_003 + step)
+                stats = rqvae.update_codebook(latents, generator=generator)
+                if ema is not None:
+                    ema.step(rqvae.parameters())
+                means |= {"usage": stats.usage, "perplexity": stats.perplexity, "restarts": stats.restarts}
+                for name, value in means.items():
+                    window[name].append(value)
+            for each in optimizers:
+                each.zero_grad()
 
-        pause_started = time.monotonic()
-        if validation_images is not None and step % args.validation_steps == 0:
-            validate()
-        if step % args.checkpointing_steps == 0:
-            epoch = images_seen // len(train_dataset)
-            progress = {"step": step, "images": images_seen, "epoch": epoch, "seconds": budget.elapsed()}
-            save_checkpoint(accelerator, output_dir, progress, vars(args), args.checkpoints_total_limit)
-        window_started += time.monotonic() - pause_started  # images/s is the speed of training alone
+            step += 1
+            images_seen += total_batch_size
+            window_images += total_batch_size
+            bar.update(total_batch_size)
+
+            if step % args.logging_steps == 0:
+                rate = window_images / (time.monotonic() - window_started)
+                entry = {"kind": "train", "step": step, "images": images_seen, "seconds": round(budget.elapsed(), 2),
+                         "images_per_second": round(rate, 2), "learning_rate": learning_rate,
+                         "skipped_steps": guard.num_skipped}  # fmt: skip
+                line = f"step {step}/{max_train_steps} images {images_seen:,} {rate:.1f}/s lr {learning_rate:.2e}"
+                if window:
+                    means = window_means(window, accelerator)
+                    entry |= means
+                    line += described(means)
+                if guard.num_skipped > 0:
+                    line += f" skipped {guard.num_skipped}"
+                bar.clear()
+                log.write(entry, line)
+                window, window_images, window_started = defaultdict(list), 0, time.monotonic()
+
+            pause_started = time.monotonic()
+            if validation_images is not None and step % args.validation_steps == 0:
+                bar.clear()
+                validate()
+            stopped = stop.requested()
+            if stopped or step % args.checkpointing_steps == 0:
+                checkpoint()
+            if stopped:
+                accelerator.print(f"Asked to stop: wrote checkpoint-{step}; --resume_from_checkpoint latest goes on.")
+                break
+            window_started += time.monotonic() - pause_started  # images/s is the speed of training alone
+
+    if stopped:
+        log.close()
+        accelerator.end_training()
+        return
 
     # 5. Export
     if validation_images is not None and step % args.validation_steps != 0:
@@ -371,6 +617,8 @@ def main(args):
     if accelerator.is_main_process:
         rqvae.save_pretrained(output_dir)
     log.close()
+    if accelerator.is_main_process:
+        upload(args, repo_id)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     seconds = budget.elapsed()

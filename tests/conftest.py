@@ -7,7 +7,7 @@ import torch
 
 
 ROOT = Path(__file__).resolve().parents[1]
-for folder in ("examples", "benchmarks", "tests"):
+for folder in ("examples", "benchmarks", "conversion_scripts", "tests"):
     sys.path.insert(0, str(ROOT / folder))
 
 # Tensors of a few thousand numbers: handing them to threads costs more than it saves.

@@ -1,45 +1,47 @@
-"""The training scripts: what is read in which order, what is masked, and runs that must come to the same weights."""
+"""The trainers of the second stage: what is masked and averaged, and runs that must come to the same weights."""
 
+import argparse
 import json
-import math
 import os
-import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import datasets
+import encode_dataset
 import numpy as np
 import pytest
 import torch
 import train_cc3m
-import train_rqvae
+import train_imagenet
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker
-from components import WORDS, tiny_pipeline
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from components import NUM_CLASSES, WORDS, tiny_pipeline, tiny_rq_pipeline, tiny_transformer, tiny_vae
 from PIL import Image
 from safetensors.torch import load_file
 
-from rq_draft_revise import DraftAndRevisePipeline, RQVAEModel
-from rq_draft_revise.budget import Budget, learning_rate_at
-from rq_draft_revise.checkpoints import TrainingLog, checkpoints_in, load_checkpoint, save_checkpoint
-from rq_draft_revise.data import (
-    decode_all,
-    decode_image,
-    decoded_batches,
-    load_split,
-    to_pixel_values,
-    training_order,
+from rq_draft_revise import (
+    ContextualRQTransformerModel,
+    DraftAndRevisePipeline,
+    DraftAndReviseScheduler,
+    RQTransformerPipeline,
+    RQVAEModel,
+    hub,
+    training,
 )
+from rq_draft_revise.budget import Budget, learning_rate_at
+from rq_draft_revise.checkpoints import TrainingLog, checkpoints_in
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {"train_rqvae": train_rqvae, "train_cc3m": train_cc3m}
+SCRIPTS = {"train_cc3m": train_cc3m, "train_imagenet": train_imagenet, "encode_dataset": encode_dataset}
+TRAINERS = ("train_cc3m", "train_imagenet")
 NUM_IMAGES = 22  # no multiple of any batch below: epochs end in the middle of one
+CAPTIONS = ["a cat at dusk", "an owl in the snow", "the volcano", "rocket at night in the snow"]
+NAMES = ["dusk", "snow", "volcano", "rocket", "night"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,40 +65,57 @@ def no_trace():
 
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory) -> Path:
-    """`data`, 22 + 8 images of 8×8 pixels in random colours with captions; `pipeline`, `pipeline-dropout`."""
+    """`data`, 22 + 8 images of 8×8 pixels in random colours with captions and labels; pipelines of tiny components."""
     folder = tmp_path_factory.mktemp("problem")
     (folder / "data").mkdir()
     random = np.random.default_rng(0)
-    captions = ["a cat at dusk", "an owl in the snow", "the volcano", "rocket at night in the snow"]
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    features = datasets.Features(
+        {"image": datasets.Image(), "text": datasets.Value("string"), "label": datasets.ClassLabel(names=NAMES)}
+    )
     for split, count in (("train", NUM_IMAGES), ("test", 8)):
         colors = random.integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
-        images = [Image.fromarray(c.repeat(4, axis=0).repeat(4, axis=1)) for c in colors]
-        rows = {"image": images, "text": [captions[i % 4] for i in range(count)]}
+        rows = {
+            "image": [Image.fromarray(c.repeat(4, axis=0).repeat(4, axis=1)) for c in colors],
+            "text": [CAPTIONS[i % 4] for i in range(count)],
+            "label": [i % NUM_CLASSES for i in range(count)],
+        }
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / f"{split}-00000.parquet")
-    tiny_pipeline("text").save_pretrained(folder / "pipeline")
-    tiny_pipeline("text", dropout=0.1).save_pretrained(folder / "pipeline-dropout")
+    for dropout, name in ((0.0, ""), (0.1, "-dropout")):
+        tiny_pipeline("text", dropout=dropout).save_pretrained(folder / f"train_cc3m{name}")
+        tiny_pipeline("class", dropout=dropout).save_pretrained(folder / f"train_imagenet{name}")
+        tiny_rq_pipeline("class", dropout=dropout).save_pretrained(folder / f"train_imagenet-autoregressive{name}")
     return folder
 
 
 def flags_of(script: str, problem: Path, **flags) -> list[str]:
     """A command line of `script` on `problem`; flags of value True stand alone, of value None are left out."""
-    pipeline = str(problem / flags.pop("pipeline", "pipeline"))
-    own = {"vae": f"{pipeline}/vae"} if script == "train_rqvae" else {"pretrained_model_name_or_path": pipeline}
-    common = {"dataset_name": problem / "data", "mixed_precision": "no", "logging_steps": 1}
+    if script == "encode_dataset":
+        common = {"vae": problem / "train_cc3m" / "vae", "dataset_name": problem / "data"}
+    else:
+        kind = "-autoregressive" if flags.get("model") == "autoregressive" else ""
+        pipeline = problem / f"{script}{kind}{flags.pop('pipeline', '')}"
+        common = {
+            "pretrained_model_name_or_path": pipeline, "dataset_name": problem / "data", "mixed_precision": "no",
+            "logging_steps": 1, "num_validation_images": 0,
+        }  # fmt: skip
     argv = []
-    for name, value in {**own, **common, **flags}.items():
+    for name, value in {**common, **flags}.items():
         if value is not None:
             argv += [f"--{name}"] if value is True else [f"--{name}", *(str(value).split())]
     return argv
 
 
-def train(script: str, problem: Path, output_dir: Path, **flags) -> list[dict]:
-    """Run a script to its end and return its log."""
+def run(script: str, problem: Path, output_dir: Path, **flags) -> None:
+    """Run a script to its end."""
     module = SCRIPTS[script]
     module.main(module.parse_args(flags_of(script, problem, output_dir=output_dir, **flags)))
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def train(script: str, problem: Path, output_dir: Path, **flags) -> list[dict]:
+    """Run a trainer to its end and return its log."""
+    run(script, problem, output_dir, **flags)
     return read_log(output_dir)
 
 
@@ -109,9 +128,8 @@ def read_log(output_dir: Path) -> list[dict]:
 
 
 def weights_in(output_dir: Path) -> dict[str, torch.Tensor]:
-    """What a script exports: the RQ-VAE, or the transformer of the pipeline."""
-    name = "diffusion_pytorch_model.safetensors"
-    return load_file(output_dir / "transformer" / name if (output_dir / "transformer").is_dir() else output_dir / name)
+    """The transformer of the exported pipeline."""
+    return load_file(output_dir / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 def tensors_in(state, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -139,197 +157,6 @@ def assert_equal_gradients(actual: dict, expected: dict, tolerance: float = 1e-5
     assert scale > 1e-3, "a gradient that vanishes proves nothing"
     for index, gradient in expected.items():
         torch.testing.assert_close(actual[index], gradient, rtol=0, atol=tolerance * scale)
-
-
-# --------------------------------------------------------------------------------------------------------- the order
-
-
-@pytest.mark.parametrize("num_images", [1, 2, 7, 64])
-def test_every_epoch_reads_every_image_once_in_an_order_of_its_own(num_images):
-    indices, _ = next(training_order(num_images, 0, 5 * num_images, 0, 1, seed=3))
-    epochs = indices.view(5, num_images)
-    assert torch.equal(epochs.sort(dim=1).values, torch.arange(num_images).expand(5, -1))
-    if num_images == 64:
-        assert len({tuple(epoch.tolist()) for epoch in epochs}) == 5
-        other, _ = next(training_order(num_images, 0, 5 * num_images, 0, 1, seed=4))
-        assert not torch.equal(indices, other)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    num_images=st.integers(1, 20),
-    start=st.integers(0, 50),
-    batch_size=st.integers(1, 7),
-    num_processes=st.integers(1, 4),
-    seed=st.integers(0, 2),
-)
-def test_the_order_is_the_same_however_it_is_split_and_wherever_it_resumes(
-    num_images, start, batch_size, num_processes, seed
-):
-    end = start + 3 * num_processes * batch_size
-    whole = next(training_order(num_images, 0, end, 0, 1, seed))
-    shares = [training_order(num_images, start, batch_size, p, num_processes, seed) for p in range(num_processes)]
-    micro_batches = [next(share) for _ in range(3) for share in shares]  # a micro-batch of each process, then the next
-    for expected, parts in zip(whole, zip(*micro_batches)):
-        assert torch.equal(torch.cat(parts), expected[start:end])
-
-
-def test_every_epoch_mirrors_another_half_of_the_images():
-    indices, flips = next(training_order(2000, 0, 4000, 0, 1, seed=0))
-    by_image = torch.stack([flips[:2000][indices[:2000].argsort()], flips[2000:][indices[2000:].argsort()]])
-    assert abs(flips.float().mean() - 0.5) < 4 * 0.5 / math.sqrt(4000)
-    assert abs((by_image[0] == by_image[1]).float().mean() - 0.5) < 4 * 0.5 / math.sqrt(2000)
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [("num_images", 0), ("start", -1), ("batch_size", 0), ("process_index", 2), ("process_index", -1), ("seed", -1)],
-)
-def test_an_impossible_order_is_refused_by_name(name, value):
-    arguments = dict(num_images=5, start=0, batch_size=2, process_index=0, num_processes=2, seed=0)
-    with pytest.raises(ValueError, match=f"`{name}`.*got {value}"):
-        next(training_order(**{**arguments, name: value}))
-
-
-# ---------------------------------------------------------------------------------------------------------- the data
-
-
-def test_pixels_span_minus_one_to_one_and_only_flipped_images_are_mirrored():
-    images = torch.randint(0, 256, (3, 3, 4, 5), dtype=torch.uint8)
-    images[0, 0, 0, 0], images[0, 0, 0, 1] = 0, 255
-    plain = to_pixel_values(images)
-    assert plain.dtype == torch.float32 and plain.min() == -1 and plain.max() == 1
-    some = to_pixel_values(images, torch.tensor([False, True, False]))
-    assert torch.equal(some[1], plain[1].flip(-1))
-    assert torch.equal(some[[0, 2]], plain[[0, 2]])
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-@pytest.mark.parametrize("size", [(8, 8), (16, 16), (24, 8), (9, 31), (5, 4)])
-def test_an_image_of_any_mode_and_shape_becomes_a_square_of_colours(mode, size):
-    decoded = decode_image(Image.new("RGB", size, (102, 102, 102)).convert(mode), 8)
-    assert decoded.shape == (3, 8, 8) and decoded.dtype == torch.uint8
-    assert (decoded == 102).all()  # a grey that the web palette has
-
-
-def test_what_is_cropped_is_the_center():
-    image = Image.new("RGB", (24, 8), "red")
-    image.paste("blue", (8, 0, 16, 8))
-    blue = torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
-    assert torch.equal(decode_image(image, 8), blue)
-    assert torch.equal(decode_image(image.transpose(Image.Transpose.TRANSPOSE), 8), blue)
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_decoding_as_needed_gives_what_decoding_ahead_gives_and_draws_nothing(problem, num_workers):
-    dataset = load_split("train", dataset_name=str(problem / "data"))
-    images = decode_all(dataset, "image", 8)
-    batches = [[3, 1, 4], [1, 5], [9]]
-    state = torch.get_rng_state()
-    decoded = list(decoded_batches(dataset, iter(batches), "image", 8, torch.device("cpu"), num_workers))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert len(decoded) == len(batches)
-    for batch, indices in zip(decoded, batches):
-        assert torch.equal(batch, images[indices])
-
-
-def test_every_source_gives_the_same_images_and_captions(problem, tmp_path):
-    dataset = load_split("train", caption_column="text", dataset_name=str(problem / "data"))
-    expected = decode_all(dataset, "image", 8)
-    assert len(dataset) == NUM_IMAGES and expected.float().std() > 50
-
-    rows = []
-    for i, row in enumerate(dataset):
-        row["image"].save(tmp_path / f"{i:02d}.png")
-        rows.append({"file_name": f"{i:02d}.png", "text": row["text"]})
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "files").mkdir()
-    paths = [{"image": str(tmp_path / row["file_name"]), "text": row["text"]} for row in rows]
-    (tmp_path / "files" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in paths))
-    sources = [
-        {"train_data_dir": str(tmp_path)},
-        {"data_files": [str(problem / "data" / "train-00000.parquet")], "train_split": "learn"},
-        {"data_files": [str(tmp_path / "files" / "rows.jsonl")], "train_split": "learn"},
-    ]
-    for source in sources:
-        other = load_split(source.get("train_split", "train"), caption_column="text", **source)
-        assert torch.equal(decode_all(other, "image", 8), expected), source
-        assert other["text"][:] == dataset["text"][:]
-    assert len(load_split("train[:10]", dataset_name=str(problem / "data"))) == 10
-
-
-@pytest.mark.parametrize(
-    "name, arguments",
-    [
-        ("image_column", {"image_column": "picture"}),
-        ("caption_column", {"caption_column": "title"}),
-        ("data_files", {"dataset_name": None, "data_files": ["images.zip"]}),
-        ("data_files", {"dataset_name": None, "data_files": ["a.csv", "b.json"]}),
-        ("dataset_name", {"dataset_name": None}),
-        ("valid", {"split": "valid"}),
-        ("train[:0]", {"split": "train[:0]"}),
-    ],
-)
-def test_data_that_cannot_be_had_are_refused_by_name(name, arguments, problem):
-    with pytest.raises(ValueError, match=re.escape(name)):
-        load_split(**{"split": "train", "dataset_name": str(problem / "data"), **arguments})
-
-
-# --------------------------------------------------------------------------------------------------------- the masks
-
-
-def distance_from_cosine(num_masked: torch.Tensor, num_positions: int) -> float:
-    """The largest distance between distribution functions: of the counts, and of ceil(cos(pi r / 2) N).
-
-    The latter is P(count <= k) = 2/pi arcsin(k / N).
-    """
-    k = torch.arange(1, num_positions + 1)
-    empirical = (num_masked[:, None] <= k).double().mean(0)
-    return (empirical - 2 / math.pi * torch.arcsin(k.double() / num_positions)).abs().max().item()
-
-
-@pytest.mark.parametrize("num_positions", [16, 64, 256])
-def test_a_stratified_batch_has_its_share_of_every_mask_ratio(num_positions):
-    for seed in range(5):
-        masks = train_cc3m.random_mask(500, num_positions, torch.Generator().manual_seed(seed))
-        # Of one r a stratum each is at most one on the wrong side: no statistics, and no room for a floor or a round.
-        assert distance_from_cosine(masks.sum(1), num_positions) <= 1 / 500 + 1e-9
-
-
-def test_of_all_positions_two_out_of_pi_are_masked():
-    masks = train_cc3m.random_mask(1000, 1024, torch.Generator().manual_seed(0))
-    # The ceiling adds half a position of 1024 on the average; a stratum is a thousandth wide.
-    assert masks.double().mean().item() == pytest.approx(2 / math.pi + 0.5 / 1024, abs=1e-3)
-
-
-def test_independent_masks_have_the_distribution_of_the_paper():
-    counts = train_cc3m.random_mask(20_000, 64, torch.Generator().manual_seed(0), stratified=False).sum(1)
-    assert distance_from_cosine(counts, 64) < 1.63 / math.sqrt(20_000)  # Kolmogorov's bound, 1 % level
-    assert counts.min() >= 1 and counts.max() == 64
-
-
-def test_each_image_of_a_stratified_batch_has_the_same_distribution():
-    generator = torch.Generator().manual_seed(0)
-    shares = torch.stack([train_cc3m.random_mask(8, 256, generator).double().mean(1) for _ in range(2000)])
-    deviation = math.sqrt(1 / 2 - 4 / math.pi**2)  # of cos(pi r / 2)
-    assert (shares.mean(0) - 2 / math.pi - 0.5 / 256).abs().max() < 4 * deviation / math.sqrt(2000)
-
-
-@pytest.mark.parametrize("stratified", [True, False])
-def test_which_positions_are_masked_is_uniform(stratified):
-    count, num_positions = 20_000, 16
-    masks = train_cc3m.random_mask(count, num_positions, torch.Generator().manual_seed(0), stratified).double()
-    together = masks.T @ masks / count  # how often two positions are masked at once; on the diagonal, how often each
-    for frequencies in (together.diagonal(), together[~torch.eye(num_positions, dtype=torch.bool)]):
-        p = frequencies.mean()
-        assert (frequencies - p).abs().max() < 5 * math.sqrt(p * (1 - p) / count)
-
-
-def test_at_least_one_position_is_masked_and_at_most_all():
-    for num_positions in (1, 2, 64):
-        for stratified in (True, False):
-            counts = train_cc3m.random_mask(3000, num_positions, torch.Generator().manual_seed(1), stratified).sum(1)
-            assert counts.min() == 1 and counts.max() == num_positions
 
 
 # ---------------------------------------------------------------------------------- the length of a run, and its log
@@ -393,7 +220,7 @@ def test_trackers_get_every_number_of_an_entry_a_list_place_by_place(tmp_path):
     assert recorder.entries == [(7, {"step": 7, "loss": 0.5, "usage/0": 0.25, "usage/1": 1.0})]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TRAINERS)
 def test_a_budget_in_seconds_ends_cleanly_at_learning_rate_zero(script, problem, tmp_path):
     log = train(
         script, problem, tmp_path, train_batch_size=4, max_train_seconds=0.5, max_train_steps=10**6,
@@ -404,41 +231,63 @@ def test_a_budget_in_seconds_ends_cleanly_at_learning_rate_zero(script, problem,
     assert weights_in(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------- the checkpoints
+@pytest.mark.parametrize("script", TRAINERS)
+def test_the_defaults_are_the_recipe_of_the_paper(script):
+    args = SCRIPTS[script].parse_args([])
+    assert (args.adam_beta1, args.adam_beta2, args.adam_weight_decay) == (0.9, 0.95, 1e-4)
+    assert (args.learning_rate, args.lr_scheduler, args.num_train_epochs) == (1e-4, "cosine", 300)
+    assert (args.max_grad_norm, args.ema_decay, args.stratified_masks) == (1.0, 0.9999, True)
+    assert 8 * args.train_batch_size * args.gradient_accumulation_steps == 2048
+    # Models without a null condition (those published of the baseline) do without dropping it.
+    training.check_condition_dropout(args, tiny_transformer("class"))
+    assert args.condition_dropout == 0.1
 
 
-def test_a_checkpoint_being_written_is_not_a_checkpoint(tmp_path, monkeypatch):
-    accelerator = Accelerator()
-    model = accelerator.prepare(torch.nn.Linear(2, 2))
-    save_checkpoint(accelerator, tmp_path, {"step": 9}, {})
+def test_without_any_flag_the_paper_is_reproduced_or_what_is_missing_is_said(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = train_imagenet.parse_args([])
+    assert args.pretrained_model_name_or_path == "pipelines/imagenet-256-821m"
+    assert (args.dataset_name, args.image_column, args.label_column) == ("ILSVRC/imagenet-1k", "image", "label")
+    with pytest.raises(ValueError, match="--vae must name a trained RQ-VAE.*train_rqvae.py"):
+        train_imagenet.main(args)
+    args = train_cc3m.parse_args([])
+    assert (args.dataset_name, args.image_column, args.caption_column) == ("pixparse/cc3m-wds", "jpg", "txt")
+    assert args.pretrained_model_name_or_path == "pipelines/cc3m-256-654m"
+    with pytest.raises(ValueError, match="--vae"):
+        train_cc3m.main(args)
+    for script in TRAINERS:
+        args = SCRIPTS[script].parse_args(["--model", "autoregressive"])
+        assert (ROOT / args.pretrained_model_name_or_path / "transformer" / "config.json").is_file()
 
-    def killed_halfway(folder):
-        Path(folder).mkdir(parents=True)
-        (Path(folder) / "model.safetensors").write_bytes(b"half")
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(accelerator, "save_state", killed_halfway)
-        save_checkpoint(accelerator, tmp_path, {"step": 10}, {})
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10.partial"}
-    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-9"]
-    saved = model.weight.detach().clone()
-    model.weight.data.zero_()
-    assert load_checkpoint(accelerator, tmp_path, "latest")["step"] == 9
-    assert torch.equal(model.weight, saved)
-    with pytest.raises(ValueError, match="`resume_from_checkpoint`.*partial"):
-        load_checkpoint(accelerator, tmp_path, str(tmp_path / "checkpoint-10.partial"))
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_explained_with_its_default(script, monkeypatch):
+    parsers = []
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, argv: parsers.append(self) or sys.exit())
+    with pytest.raises(SystemExit):
+        SCRIPTS[script].parse_args([])
+    (parser,) = parsers
+    formatter = parser._get_formatter()
+    for action in parser._actions[1:]:
+        explained = formatter._expand_help(action)
+        assert len(explained.split()) >= 2, f"{action.option_strings} is not explained"
+        if action.default is not None:
+            assert f"(default: {action.default})" in explained
+    assert parser.format_help()
 
-    save_checkpoint(accelerator, tmp_path, {"step": 10}, {}, total_limit=1)  # takes the place of what was left
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
-    assert load_checkpoint(accelerator, tmp_path / "elsewhere", "latest") is None
+
+# --------------------------------------------------------------------------------------------------------- resuming
 
 
 RESUMED = {
-    "train_rqvae, cached": ("train_rqvae", {"cache_images_in_memory": True, "ema_decay": 0.9}),
-    "train_rqvae, decoding": ("train_rqvae", {"gradient_accumulation_steps": 2, "reconstruction_loss": "both"}),
-    "train_cc3m, cached": ("train_cc3m", {"cache_codes": True, "ema_decay": 0.9}),
-    "train_cc3m, decoding": ("train_cc3m", {"gradient_accumulation_steps": 2, "no-stratified_masks": True}),
+    "text, cached": ("train_cc3m", dict(cache_codes=True, random_flip=True, ema_decay=0.9)),
+    "text, decoding": (
+        "train_cc3m",
+        {"gradient_accumulation_steps": 2, "no-stratified_masks": True, "random_crop": True, "tau": 0.5},
+    ),
+    "text, streaming": ("train_cc3m", dict(streaming=True, shuffle_buffer_size=7, random_flip=True)),
+    "class, cached draws": ("train_imagenet", dict(cache_codes=True, tau=0.5, num_draws=2, ema_decay=0)),
+    "class, autoregressive": ("train_imagenet", dict(model="autoregressive", num_validation_images=2)),
 }
 
 
@@ -446,19 +295,16 @@ RESUMED = {
 def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one_to_the_bit(name, problem, tmp_path):
     script, flags = RESUMED[name]
     flags = dict(
-        pipeline="pipeline-dropout", train_batch_size=5, max_train_steps=8, checkpointing_steps=3, validation_steps=4,
-        random_flip=True, learning_rate=1e-3, lr_warmup_steps=2, **flags,
+        pipeline="-dropout", train_batch_size=5, max_train_steps=8, checkpointing_steps=3, validation_steps=4,
+        learning_rate=1e-3, lr_warmup_steps=2, **flags,
     )  # fmt: skip
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     expected = train(script, problem, whole, **flags)
     assert [path.name for path in checkpoints_in(whole)] == ["checkpoint-3", "checkpoint-6"]
-    images = json.loads((whole / "checkpoint-3" / "progress.json").read_text())["images"]
-    assert images % NUM_IMAGES != 0, "not in mid-epoch"
+    progress = json.loads((whole / "checkpoint-3" / "progress.json").read_text())
+    assert progress["images"] % NUM_IMAGES != 0, "not in mid-epoch"
 
-    # What is left of a run that was killed while it wrote its second checkpoint, at step 6.
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
-    shutil.copytree(whole / "checkpoint-6", resumed / "checkpoint-6.partial")
-    (resumed / "checkpoint-6.partial" / "model.safetensors").write_bytes(b"half")
     lines = (whole / "train_log.jsonl").read_text().splitlines(keepends=True)
     (resumed / "train_log.jsonl").write_text("".join(lines[:6]) + lines[6][:10])
     assert train(script, problem, resumed, resume_from_checkpoint="latest", **flags) == expected
@@ -466,7 +312,10 @@ def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one_to_the_bit(name, pr
     weights = weights_in(whole)
     for key, tensor in weights_in(resumed).items():
         assert torch.equal(tensor, weights[key]), key
-    for file in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"):  # the last is the averaged weights
+    files = ["model.safetensors", "optimizer.bin"]
+    if flags.get("ema_decay") != 0:
+        files.append("custom_checkpoint_0.pkl")  # the averaged weights
+    for file in files:
         if file == "model.safetensors":
             states = [load_file(folder / "checkpoint-6" / file) for folder in (whole, resumed)]
         else:
@@ -480,78 +329,136 @@ def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one_to_the_bit(name, pr
     assert not torch.equal(live[key], earlier[key]) and not torch.equal(live[key], weights[key])
 
 
+def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(problem, tmp_path, monkeypatch, capsys):
+    flags = dict(train_batch_size=5, max_train_steps=5, validation_split="none", pipeline="-dropout")
+    train("train_imagenet", problem, tmp_path / "whole", **flags)
+
+    class SignalledAtStepTwo(training.NonFiniteGuard):
+        num_asked = 0
+
+        def accepts(self, *arguments):
+            self.num_asked += 1
+            if self.num_asked == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().accepts(*arguments)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "NonFiniteGuard", SignalledAtStepTwo)
+        train("train_imagenet", problem, tmp_path / "stopped", **flags)
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert [path.name for path in checkpoints_in(tmp_path / "stopped")] == ["checkpoint-2"]
+    assert not (tmp_path / "stopped" / "transformer").exists()
+    assert "at step 2" in capsys.readouterr().out
+    log = train("train_imagenet", problem, tmp_path / "stopped", resume_from_checkpoint="latest", **flags)
+    assert log == read_log(tmp_path / "whole")
+    expected = weights_in(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in weights_in(tmp_path / "stopped").items())
+
+
+@pytest.mark.parametrize("bad_steps, ends", [((3,), False), ((2, 3, 4), True)])
+def test_a_step_that_is_not_finite_is_left_out_and_too_many_end_the_run(
+    bad_steps, ends, problem, tmp_path, monkeypatch
+):
+    """Masks and order move on all the same: the run with the step left out is known in advance."""
+    original, calls = ContextualRQTransformerModel.forward, []
+
+    def forward(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        calls.append(None)
+        if len(calls) in bad_steps:
+            out.image_loss = out.image_loss * float("nan")
+        return out
+
+    monkeypatch.setattr(ContextualRQTransformerModel, "forward", forward)
+    flags = dict(train_batch_size=4, max_train_steps=5, validation_split="none", max_nonfinite_steps=3, ema_decay=0.5,
+                 checkpointing_steps=1)  # fmt: skip
+    if ends:
+        with pytest.raises(RuntimeError, match="3 optimizer steps in a row"):
+            train("train_imagenet", problem, tmp_path, **flags)
+        return
+    log = train("train_imagenet", problem, tmp_path, **flags)
+    assert [entry["skipped_steps"] for entry in log] == [0, 0, 1, 1, 1]
+    assert [entry["images"] for entry in log] == [4, 8, 12, 16, 20]
+    assert ["loss" in entry for entry in log] == [True, True, False, True, True]
+    states = [load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (2, 3, 4)]
+    averages = [torch.load(tmp_path / f"checkpoint-{step}" / "custom_checkpoint_0.pkl") for step in (2, 3)]
+    key = next(key for key in states[0] if key.endswith("to_q.weight"))
+    assert torch.equal(states[0][key], states[1][key]) and not torch.equal(states[1][key], states[2][key])
+    assert averages[0]["optimization_step"] == averages[1]["optimization_step"] == 2
+    assert all(torch.isfinite(tensor).all() for tensor in weights_in(tmp_path).values())
+
+
 # --------------------------------------------------------------------------------- micro-batches and processes
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_accumulated_micro_batches_equal_the_large_batch(script, problem, tmp_path):
-    logs, beta1 = {}, {"train_rqvae": 0.5, "train_cc3m": 0.9}[script]
-    # Masks of different sizes and dropped captions make the parts of a batch unequal.
-    own = {"condition_dropout": 0.4, "no-stratified_masks": True} if script == "train_cc3m" else {}
+ACCUMULATED = {
+    # Masks of different sizes and dropped conditions make the parts of a batch unequal.
+    "text": ("train_cc3m", {"condition_dropout": 0.4, "no-stratified_masks": True, "random_flip": True}),
+    "class": ("train_imagenet", {"condition_dropout": 0.4, "no-stratified_masks": True}),
+    "autoregressive": ("train_imagenet", {"model": "autoregressive"}),
+    "recomputing": ("train_cc3m", {"condition_dropout": 0.4}),
+}
+
+
+@pytest.mark.parametrize("name", ACCUMULATED)
+def test_accumulated_micro_batches_equal_the_large_batch(name, problem, tmp_path):
+    script, own = ACCUMULATED[name]
+    logs = {}
     for micro_batches in (1, 3):
+        recompute = {"gradient_checkpointing": True} if name == "recomputing" and micro_batches == 3 else {}
         logs[micro_batches] = train(
             script, problem, tmp_path / f"{micro_batches}", train_batch_size=12 // micro_batches,
             gradient_accumulation_steps=micro_batches, max_train_steps=2, checkpointing_steps=1, learning_rate=1e-4,
-            random_flip=True, max_grad_norm=0.5, **own,
+            max_grad_norm=0.5, **own, **recompute,
         )  # fmt: skip
-    assert_equal_gradients(*(first_gradient(tmp_path / name, beta1) for name in ("3", "1")))
-    if script == "train_rqvae":
-        # The codebook, with the restarts that the first update of one is: the moving averages are sums over the batch.
-        books = [load_file(tmp_path / name / "checkpoint-1" / "model.safetensors") for name in ("3", "1")]
-        for key in ("quantizer.codebook", "quantizer.ema_counts", "quantizer.ema_sums"):
-            torch.testing.assert_close(books[0][key], books[1][key], rtol=1e-5, atol=1e-5)
+    assert_equal_gradients(*(first_gradient(tmp_path / folder, 0.9) for folder in ("3", "1")))
     for one, three in zip(logs[1], logs[3]):
         assert one.keys() == three.keys()
-        for name in one.keys() - {"kind", "split"}:
-            assert three[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+        for entry in one.keys() - {"kind", "split"}:
+            assert three[entry] == pytest.approx(one[entry], rel=1e-3, abs=1e-5), entry
 
 
 PROCESSES = """
-import json, os, sys, torch
-import train_cc3m, train_rqvae
+import json, sys, torch
+import train_cc3m, train_imagenet, encode_dataset
 from accelerate.state import AcceleratorState, GradientState
-from rq_draft_revise import RQVAEModel
 
 torch.set_num_threads(1)
 # One process group for all runs: a second one would find the addresses of the first in torchrun's store.
 leave, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda group=None: None
-folder, rank, books = sys.argv[1], os.environ["RANK"], []
-
-def run(script, flags):
-    script.main(script.parse_args(flags))
+scripts = {"train_cc3m": train_cc3m, "train_imagenet": train_imagenet, "encode_dataset": encode_dataset}
+for name, flags in json.loads(open(f"{sys.argv[1]}/runs.json").read()):
+    scripts[name].main(scripts[name].parse_args(flags))
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-
-def recorded(self, *args, update_codebook=RQVAEModel.update_codebook, **kwargs):
-    output = update_codebook(self, *args, **kwargs)
-    books.append({name: tensor.clone() for name, tensor in self.state_dict().items()})
-    return output
-
-RQVAEModel.update_codebook = recorded
-for name, flags in json.loads(open(f"{folder}/runs.json").read()):
-    run({"train_rqvae": train_rqvae, "train_cc3m": train_cc3m}[name], flags)
-torch.save(books, f"{folder}/books-{rank}.pt")
 leave()
 """
+
+
+EQUAL = dict(
+    train_batch_size=3, gradient_accumulation_steps=2, max_train_steps=3, checkpointing_steps=1, learning_rate=1e-4,
+    random_flip=True, condition_dropout=0.4, validation_steps=2, num_validation_images=3,
+)  # fmt: skip
+ENCODED = dict(label_column="label", rows_per_file=5, splits="train test", random_flip=True, random_crop=True)
 
 
 @pytest.fixture(scope="module")
 def two_processes(problem, tmp_path_factory) -> Path:
     """A folder with what runs of two processes wrote, all in one start of torchrun: importing takes longest."""
     folder = tmp_path_factory.mktemp("two-processes")
-    whole = dict(
-        pipeline="pipeline-dropout", train_batch_size=3, gradient_accumulation_steps=2, max_train_steps=4,
-        checkpointing_steps=2, learning_rate=1e-3, random_flip=True, cache_codes=True,
-    )  # fmt: skip
-    runs = [
-        ("train_cc3m", dict(output_dir=folder / "equal", **EQUAL)),
-        ("train_rqvae", dict(output_dir=folder / "rqvae", train_batch_size=4, max_train_steps=4, learning_rate=1e-3)),
-        ("train_cc3m", dict(output_dir=folder / "whole", **whole)),
-        (
-            "train_cc3m",
-            dict(output_dir=folder / "resumed", resume_from_checkpoint=folder / "whole/checkpoint-2", **whole),
-        ),
-    ]
+    common = dict(
+        pipeline="-dropout", train_batch_size=3, max_train_steps=4, checkpointing_steps=2, learning_rate=1e-3
+    )
+    cached = dict(gradient_accumulation_steps=2, random_flip=True, cache_codes=True, **common)
+    streamed = dict(streaming=True, shuffle_buffer_size=5, **common)
+    runs = [("train_cc3m", dict(output_dir=folder / "equal", **EQUAL))]
+    for name, flags in (("cached", cached), ("streamed", streamed)):
+        whole = folder / name
+        runs.append(("train_cc3m", dict(output_dir=whole, **flags)))
+        flags = {**flags, "resume_from_checkpoint": whole / "checkpoint-2"}
+        runs.append(("train_cc3m", dict(output_dir=folder / f"{name}-resumed", **flags)))
+    runs.append(("encode_dataset", dict(output_dir=folder / "encoded", **ENCODED)))
     (folder / "runs.json").write_text(json.dumps([(name, flags_of(name, problem, **flags)) for name, flags in runs]))
     (folder / "processes.py").write_text(PROCESSES)
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
@@ -561,16 +468,10 @@ def two_processes(problem, tmp_path_factory) -> Path:
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return folder
-
-
-EQUAL = dict(
-    train_batch_size=3, gradient_accumulation_steps=2, max_train_steps=3, checkpointing_steps=1, learning_rate=1e-4,
-    random_flip=True, condition_dropout=0.4, validation_steps=2,
-)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -583,33 +484,36 @@ def test_two_processes_equal_one_of_the_same_batch(two_processes, problem, tmp_p
         assert one.keys() == two.keys()
         for name in one.keys() - {"kind", "split"}:
             assert two[name] == pytest.approx(one[name], rel=1e-4), name
+    for grid in ("samples-0000002.png", "samples-0000003.png"):
+        assert Image.open(two_processes / "equal" / grid).size == Image.open(tmp_path / grid).size == (16, 16)
 
 
 @pytest.mark.slow
-def test_two_processes_hold_bit_identical_models_after_every_step(two_processes):
-    first, second = (torch.load(two_processes / f"books-{rank}.pt", weights_only=True) for rank in range(2))
-    assert len(first) == len(second) == 4
-    for step in range(4):
-        for key, tensor in first[step].items():
-            assert torch.equal(tensor, second[step][key]), f"{key} differs after step {step + 1}"
-        if step > 0:
-            assert not torch.equal(first[step]["quantizer.codebook"], first[step - 1]["quantizer.codebook"])
-    exported = weights_in(two_processes / "rqvae")
-    assert torch.equal(exported["quantizer.codebook"], first[-1]["quantizer.codebook"])
-
-
-@pytest.mark.slow
-def test_two_processes_resume_to_the_bit(two_processes):
-    """Each has its own random stream, of the dropout; both are restored."""
-    expected = weights_in(two_processes / "whole")
-    for key, tensor in weights_in(two_processes / "resumed").items():
+@pytest.mark.parametrize("name", ["cached", "streamed"])
+def test_two_processes_resume_to_the_bit(two_processes, name):
+    """Each has its own random stream, of the dropout, and its own place in a streamed data set; all are restored."""
+    whole, resumed = two_processes / name, two_processes / f"{name}-resumed"
+    expected = weights_in(whole)
+    for key, tensor in weights_in(resumed).items():
         assert torch.equal(tensor, expected[key]), key
-    assert read_log(two_processes / "resumed") == [e for e in read_log(two_processes / "whole") if e["step"] > 2]
+    assert read_log(resumed) == [e for e in read_log(whole) if e["step"] > 2]
     streams = [
-        torch.load(two_processes / "whole" / "checkpoint-2" / f"random_states_{rank}.pkl", weights_only=False)
-        for rank in range(2)
+        torch.load(whole / "checkpoint-2" / f"random_states_{rank}.pkl", weights_only=False) for rank in range(2)
     ]
     assert not torch.equal(*(stream["torch_manual_seed"] for stream in streams))
+    places = json.loads((whole / "checkpoint-2" / "progress.json").read_text())["places"]
+    assert places == (None if name == "cached" else [[0, 6], [0, 6]])
+
+
+@pytest.mark.slow
+def test_two_processes_encode_what_one_does(two_processes, problem, tmp_path):
+    run("encode_dataset", problem, tmp_path, **ENCODED)
+    for split, count in (("train", NUM_IMAGES), ("test", 8)):
+        one, two = (
+            datasets.load_dataset(str(folder), split=split) for folder in (tmp_path, two_processes / "encoded")
+        )
+        assert len(one) == len(two) == count
+        assert one[:] == two[:]
 
 
 # ------------------------------------------------------------------------------------------------------- the results
@@ -617,100 +521,162 @@ def test_two_processes_resume_to_the_bit(two_processes):
 
 @pytest.fixture(scope="module")
 def overfitted(problem, tmp_path_factory) -> dict[str, Path]:
-    """Both stages, one after the other, on the first eight images until they know them."""
-    folder = tmp_path_factory.mktemp("overfitted")
-    vae, pipeline = folder / "vae", folder / "pipeline"
-    common = dict(
-        train_split="train[:8]", train_batch_size=8, max_train_steps=100, lr_warmup_steps=5, ema_decay=0.9,
-        checkpointing_steps=10**6, validation_steps=10**6,
-    )  # fmt: skip
-    scratch = problem / "pipeline"
-    with torch.random.fork_rng(devices=[]):
-        train(
-            "train_rqvae", problem, vae, vae=None, vae_config=scratch / "vae", cache_images_in_memory=True,
-            learning_rate=5e-3, **common,
-        )  # fmt: skip
-        train(
-            "train_cc3m", problem, pipeline, vae=vae, transformer_config=scratch / "transformer", cache_codes=True,
-            learning_rate=1e-2, **common,
-        )  # fmt: skip
-    return {"train_rqvae": vae, "train_cc3m": pipeline}
+    """Each trainer on the first eight images until it knows them."""
+    folders = {}
+    for script in TRAINERS:
+        folders[script] = tmp_path_factory.mktemp(script)
+        with torch.random.fork_rng(devices=[]):
+            train(
+                script, problem, folders[script], vae=problem / "train_cc3m" / "vae",
+                transformer_config=problem / script / "transformer", cache_codes=True, learning_rate=1e-2,
+                train_split="train[:8]", train_batch_size=8, max_train_steps=100, lr_warmup_steps=5, ema_decay=0.9,
+                checkpointing_steps=10**6, validation_steps=10**6, num_validation_images=5, filter_column="label",
+                filter_min=0,
+            )  # fmt: skip
+    return folders
 
 
-EXPECTED_KEYS = {
-    "train_rqvae": {
-        "train": {"loss", "mse", "reconstruction_loss", "commitment_loss", "usage", "perplexity", "restarts"},
-        "validation": {"mse", "psnr", "usage", "perplexity", "train_mse", "train_psnr", "mse_gap"},
-    },
-    "train_cc3m": {
-        "train": {"loss", "image_loss", "text_loss", "grad_norm"},
-        "validation": {"split", "image_loss", "text_loss", "image_loss_by_ratio"},
-    },
-}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TRAINERS)
 def test_every_line_of_the_log_is_json_that_says_which_step_and_what_was_measured(overfitted, script):
     entries = [json.loads(line) for line in (overfitted[script] / "train_log.jsonl").read_text().splitlines()]
-    training = [entry for entry in entries if entry["kind"] == "train"]
-    assert [entry["step"] for entry in training] == list(range(1, 101))
-    assert [entry["images"] for entry in training] == list(range(8, 8 * 101, 8))
+    of_kind = {kind: [entry for entry in entries if entry["kind"] == kind] for kind in ("train", "validation")}
+    assert [entry["step"] for entry in of_kind["train"]] == list(range(1, 101))
+    assert [entry["images"] for entry in of_kind["train"]] == list(range(8, 8 * 101, 8))
     assert [entry["seconds"] for entry in entries] == sorted(entry["seconds"] for entry in entries)
-    for entry in entries:
-        common = {"kind", "step", "images", "seconds"}
-        common |= {"images_per_second", "learning_rate"} if entry["kind"] == "train" else set()
-        assert entry.keys() == common | EXPECTED_KEYS[script][entry["kind"]]
-    splits = [entry.get("split") for entry in entries if entry["kind"] == "validation"]
-    assert splits == ([None] if script == "train_rqvae" else ["test", "seen"])
+    own = {
+        "train": {"images_per_second", "learning_rate", "skipped_steps", "loss", "image_loss", "grad_norm"},
+        "validation": {"split", "image_loss", "image_loss_by_ratio"},
+    }
+    for kind, names in own.items():
+        expected = {"kind", "step", "images", "seconds", *names} | ({"text_loss"} if script == "train_cc3m" else set())
+        assert all(entry.keys() == expected for entry in of_kind[kind])
+    assert [entry["split"] for entry in of_kind["validation"]] == ["test", "seen"]
 
 
-@pytest.mark.parametrize("script, quantity, factor", [
-    ("train_rqvae", "mse", 0.1), ("train_cc3m", "image_loss", 0.5), ("train_cc3m", "text_loss", 0.2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, quantity, factor",
+    [("train_cc3m", "image_loss", 0.5), ("train_cc3m", "text_loss", 0.2), ("train_imagenet", "image_loss", 0.5)],
+)
 def test_the_loss_falls_on_eight_images(overfitted, script, quantity, factor):
     values = [entry[quantity] for entry in read_log(overfitted[script]) if entry["kind"] == "train"]
     assert np.mean(values[-10:]) < factor * np.mean(values[:3])
 
 
-def test_held_back_images_are_not_what_was_learned(overfitted):
-    validation = {e["split"]: e for e in read_log(overfitted["train_cc3m"]) if e["kind"] == "validation"}
+@pytest.mark.parametrize("script", TRAINERS)
+def test_held_out_images_are_not_what_was_learned(overfitted, script):
+    validation = {e["split"]: e for e in read_log(overfitted[script]) if e["kind"] == "validation"}
     assert validation["seen"]["image_loss"] < 0.8 * validation["test"]["image_loss"]
-    (entry,) = (e for e in read_log(overfitted["train_rqvae"]) if e["kind"] == "validation")
-    assert entry["train_mse"] < entry["mse"] and entry["mse_gap"] == pytest.approx(entry["mse"] - entry["train_mse"])
 
 
-def test_the_exported_rqvae_reconstructs_what_the_log_says(overfitted, problem):
-    vae = RQVAEModel.from_pretrained(overfitted["train_rqvae"])
-    dataset = load_split("test", dataset_name=str(problem / "data"))
-    pixel_values = to_pixel_values(decode_all(dataset, "image", 8))
-    with torch.no_grad():
-        mse = (vae(pixel_values).sample.clamp(-1, 1) - pixel_values).square().mean().item()
-    (entry,) = (e for e in read_log(overfitted["train_rqvae"]) if e["kind"] == "validation")
-    assert mse == pytest.approx(entry["mse"], rel=1e-4)
-    assert len(list(overfitted["train_rqvae"].glob("reconstructions-*.png"))) == 1
-
-
-def test_the_exported_pipeline_loads_and_draws(overfitted):
-    pipe = DraftAndRevisePipeline.from_pretrained(overfitted["train_cc3m"])
+@pytest.mark.parametrize("script", TRAINERS)
+def test_the_exported_pipeline_loads_and_draws_what_the_grid_shows(overfitted, problem, script):
+    folder = overfitted[script]
+    pipe = DraftAndRevisePipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    vae = RQVAEModel.from_pretrained(overfitted["train_rqvae"])
+    vae = RQVAEModel.from_pretrained(problem / "train_cc3m" / "vae")
     assert torch.equal(pipe.transformer.codebook, vae.quantizer.codebook)
     assert not pipe.transformer.training
+    conditions = {"class_labels": list(range(5))}
+    if script == "train_cc3m":
+        conditions = {"prompt": CAPTIONS}  # the five that were asked for are four different ones
+    count = len(next(iter(conditions.values())))
     images = pipe(
-        ["a cat at dusk", "the volcano"], generator=torch.Generator().manual_seed(0), output_type="np"
+        **conditions, generator=[torch.Generator().manual_seed(i) for i in range(count)], output_type="np"
     ).images
-    assert images.shape == (2, 8, 8, 3) and np.isfinite(images).all()
-    assert images.std() > 0.05
+    assert images.shape == (count, 8, 8, 3) and np.isfinite(images).all() and images.std() > 0.05
+    grid = np.asarray(Image.open(folder / "samples-0000100.png"))
+    columns = grid.shape[1] // 8
+    drawn = np.stack([grid[8 * (i // columns) :, 8 * (i % columns) :][:8, :8] for i in range(count)])
+    assert np.abs(drawn / 255 - images).max() < 2 / 255
+
+
+def test_the_names_of_classes_come_from_the_data_set(overfitted):
+    pipe = DraftAndRevisePipeline.from_pretrained(overfitted["train_imagenet"])
+    assert pipe.config.id2label == {str(i): name for i, name in enumerate(NAMES)} or pipe.config.id2label == dict(
+        enumerate(NAMES)
+    )
+
+
+def test_the_card_says_what_was_trained_on_what(overfitted):
+    card = (overfitted["train_cc3m"] / "README.md").read_text()
+    for fact in ("train[:8]", "100 steps of 8 images", "`label`", "text-to-image"):
+        assert fact in card, fact
+
+
+def test_the_exported_weights_are_the_averaged_ones(problem, tmp_path):
+    flags = dict(train_batch_size=4, max_train_steps=3, checkpointing_steps=3, learning_rate=1e-2,
+                 validation_split="none")  # fmt: skip
+    train("train_imagenet", problem, tmp_path, ema_decay=0.9, **flags)
+    live = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    averaged = torch.load(tmp_path / "checkpoint-3" / "custom_checkpoint_0.pkl")["shadow_params"]
+    model = tiny_transformer("class")
+    exported = weights_in(tmp_path)
+    for (name, _), expected in zip(model.named_parameters(), averaged, strict=True):
+        assert torch.equal(exported[name], expected), name
+    assert not all(torch.equal(exported[name], live[name]) for name in exported)
+
+
+def test_codes_of_depth_one_and_models_without_classes_train_too(problem, tmp_path):
+    vae = tiny_vae(code_depth=1)
+    pipe = DraftAndRevisePipeline(vae, tiny_transformer(None, vae=vae), DraftAndReviseScheduler(num_inference_steps=2))
+    pipe.save_pretrained(tmp_path / "pipeline")
+    log = train(
+        "train_imagenet", problem, tmp_path / "output", pretrained_model_name_or_path=tmp_path / "pipeline",
+        train_batch_size=8, max_train_steps=30, learning_rate=1e-2, lr_scheduler="constant", num_validation_images=2,
+    )  # fmt: skip
+    losses = [entry["image_loss"] for entry in log if entry["kind"] == "train"]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:3])
+    assert DraftAndRevisePipeline.from_pretrained(tmp_path / "output").transformer.config.num_classes is None
+
+
+def test_the_baseline_learns_and_exports_its_own_pipeline(problem, tmp_path):
+    log = train(
+        "train_imagenet", problem, tmp_path, model="autoregressive", train_batch_size=8, max_train_steps=40,
+        learning_rate=1e-2, cache_codes=True, train_split="train[:8]", num_validation_images=2,
+    )  # fmt: skip
+    losses = [entry["image_loss"] for entry in log if entry["kind"] == "train"]
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:3])
+    pipe = RQTransformerPipeline.from_pretrained(tmp_path)
+    assert pipe.transformer.config.null_condition
+    assert pipe(class_labels=[0], output_type="np").images.shape == (1, 8, 8, 3)
+
+
+def test_pushing_makes_the_repository_first_and_leaves_checkpoints_out(problem, tmp_path, monkeypatch):
+    calls = []
+
+    class Repository:
+        repo_id = "someone/tiny"
+
+    def create_repo(name, **kwargs):
+        calls.append(("create", name, (tmp_path / "tiny" / "train_log.jsonl").exists()))
+        return Repository
+
+    def upload_folder(repo_id, folder_path, ignore_patterns, **kwargs):
+        from huggingface_hub.utils import filter_repo_objects
+
+        files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        calls.append(("upload", repo_id, sorted(filter_repo_objects(files, ignore_patterns=ignore_patterns))))
+
+    monkeypatch.setattr(hub, "create_repo", create_repo)
+    monkeypatch.setattr(hub, "upload_folder", upload_folder)
+    train(
+        "train_imagenet", problem, tmp_path / "tiny", train_batch_size=4, max_train_steps=1, checkpointing_steps=1,
+        push_to_hub=True, cache_codes=True, validation_split="none",
+    )  # fmt: skip
+    (created, uploaded) = calls
+    assert created == ("create", "tiny", False)
+    assert uploaded[:2] == ("upload", "someone/tiny")
+    assert {"README.md", "model_index.json", "train_log.jsonl"} < set(uploaded[2])
+    assert not [file for file in uploaded[2] if file.startswith(("checkpoint", "codes"))]
 
 
 # ---------------------------------------------------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TRAINERS)
 @pytest.mark.parametrize(
     "flag, value",
     [
-        ("dataset_name", None),
         ("train_batch_size", 0),
         ("gradient_accumulation_steps", 0),
         ("num_train_epochs", 0),
@@ -722,51 +688,65 @@ def test_the_exported_pipeline_loads_and_draws(overfitted):
         ("max_validation_images", 0),
         ("checkpointing_steps", -1),
         ("checkpoints_total_limit", 0),
+        ("encoding_batch_size", 0),
+        ("num_draws", 0),
+        ("max_nonfinite_steps", 0),
         ("ema_decay", 1.0),
+        ("condition_dropout", 1.0),
+        ("learning_rate", -1.0),
+        ("tau", -0.5),
+        ("seed", -1),
     ],
 )
 def test_a_flag_out_of_range_is_refused_by_name(script, flag, value, problem):
-    with pytest.raises(ValueError, match=f"--{flag}" + ("" if value is None else f".*got {value}")):
+    with pytest.raises(ValueError, match=f"--{flag}.*got {value}"):
         SCRIPTS[script].parse_args(flags_of(script, problem, **{flag: value}))
 
 
 @pytest.mark.parametrize(
-    "script, flag, value",
+    "flags, named",
     [
-        ("train_rqvae", "validation_batch_size", 0),
-        ("train_rqvae", "vae", None),
-        ("train_rqvae", "vae_config", "config.json"),
-        ("train_cc3m", "encoding_batch_size", 0),
-        ("train_cc3m", "condition_dropout", 1.0),
+        ({"train_data_dir": "images"}, "--train_data_dir"),
+        ({"filter_column": "score"}, "--filter_min"),
+        ({"filter_min": 0.5}, "--filter_column"),
     ],
 )
-def test_a_flag_of_one_script_out_of_range_is_refused_by_name(script, flag, value, problem):
-    with pytest.raises(ValueError, match=f"--{flag}"):
-        SCRIPTS[script].parse_args(flags_of(script, problem, **{flag: value}))
+def test_flags_that_exclude_each_other_are_refused(flags, named, problem):
+    with pytest.raises(ValueError, match=named):
+        train_cc3m.parse_args(flags_of("train_cc3m", problem, **flags))
 
 
 @pytest.mark.parametrize(
-    "script, flag, value",
+    "script, flags, message",
     [
-        ("train_rqvae", "image_column", "picture"),
-        ("train_rqvae", "resolution", 7),
-        ("train_rqvae", "resume_from_checkpoint", "nowhere"),
-        ("train_cc3m", "image_column", "picture"),
-        ("train_cc3m", "caption_column", "title"),
-        ("train_cc3m", "resolution", 16),
-        ("train_cc3m", "resume_from_checkpoint", "nowhere"),
-        ("train_cc3m", "attention_backend", "fastest"),
+        ("train_cc3m", {"image_column": "picture"}, "image_column.*got 'picture'"),
+        ("train_cc3m", {"caption_column": "title"}, "caption_column.*got 'title'"),
+        ("train_cc3m", {"caption_column": "label"}, "--caption_column must hold texts"),
+        ("train_imagenet", {"label_column": "kind"}, "label_column.*got 'kind'"),
+        ("train_imagenet", {"label_column": "text"}, "--label_column.*got 'a cat"),
+        ("train_cc3m", {"resolution": 16}, "resolution.*got 16"),
+        ("train_cc3m", {"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint.*got.*nowhere"),
+        ("train_cc3m", {"attention_backend": "fastest"}, "fastest"),
+        ("train_imagenet", {"model": "autoregressive", "pipeline": "/../../train_imagenet"}, "--model autoregressive"),
+        ("train_imagenet", {"streaming": True, "cache_codes": True}, "--cache_codes.*encode_dataset.py"),
+        (
+            "train_imagenet",
+            {"streaming": True, "max_train_steps": None, "filter_column": "label", "filter_min": 0},
+            "--max_train_steps",
+        ),
     ],
 )
-def test_a_flag_that_does_not_fit_the_data_or_the_model_is_refused_by_name(script, flag, value, problem, tmp_path):
-    with pytest.raises(ValueError, match=f"{flag}.*got.*{value}" if flag != "attention_backend" else value):
-        train(script, problem, tmp_path, **{flag: value})
+def test_a_flag_that_does_not_fit_the_data_or_the_model_is_refused_by_name(script, flags, message, problem, tmp_path):
+    if "pipeline" in flags:
+        flags = {**flags, "pipeline": None, "pretrained_model_name_or_path": problem / "train_imagenet"}
+    with pytest.raises(ValueError, match=message):
+        train(script, problem, tmp_path, **{"max_train_steps": 1, **flags})
     assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("flag, missing", [("vae", "vae/*.safetensors"), ("tokenizer", "tokenizer/*.json")])
 def test_a_pipeline_that_lacks_a_component_asks_for_its_flag(flag, missing, problem, tmp_path):
-    shutil.copytree(problem / "pipeline", tmp_path / "pipeline")
+    shutil.copytree(problem / "train_cc3m", tmp_path / "pipeline")
     for path in (tmp_path / "pipeline").glob(missing):
         path.unlink()
     with pytest.raises(ValueError, match=f"--{flag}"):
@@ -774,28 +754,47 @@ def test_a_pipeline_that_lacks_a_component_asks_for_its_flag(flag, missing, prob
 
 
 def test_a_tokenizer_of_more_words_than_the_transformer_knows_is_refused(problem, tmp_path):
-    config = json.loads((problem / "pipeline" / "transformer" / "config.json").read_text())
+    config = json.loads((problem / "train_cc3m" / "transformer" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"text_vocab_size": len(WORDS) - 1}))
     with pytest.raises(ValueError, match=f"--tokenizer.*{len(WORDS) - 1}.*got {len(WORDS)}"):
         train("train_cc3m", problem, tmp_path / "output", transformer_config=tmp_path)
 
 
-def test_cached_codes_of_another_rqvae_are_not_reused(problem, tmp_path, capsys):
+def test_more_classes_than_the_transformer_has_are_refused(problem, tmp_path):
+    config = json.loads((problem / "train_imagenet" / "transformer" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_classes": 3}))
+    with pytest.raises(ValueError, match=r"--label_column.*\[0, 2\].*got 3"):
+        train("train_imagenet", problem, tmp_path / "output", transformer_config=tmp_path)
+
+
+def test_cached_codes_of_another_rqvae_or_other_images_are_not_reused(problem, tmp_path, capsys):
     flags = dict(train_batch_size=8, max_train_steps=1, cache_codes=True, validation_split="none")
     path = tmp_path / "codes.safetensors"
     train("train_cc3m", problem, tmp_path, **flags)
     codes = load_file(path)["codes"]
     assert codes.shape == (NUM_IMAGES, 1, 4, 4, 3)
     capsys.readouterr()
-    train("train_cc3m", problem, tmp_path, **flags)
+    shutil.copytree(problem / "train_cc3m" / "vae", tmp_path / "copy")  # the same one from another folder is the same
+    train("train_cc3m", problem, tmp_path, vae=tmp_path / "copy", **flags)
     assert "reading the training codes" in capsys.readouterr().out
 
-    vae = RQVAEModel.from_pretrained(problem / "pipeline" / "vae")
+    vae = RQVAEModel.from_pretrained(problem / "train_cc3m" / "vae")
     vae.quant_conv.bias.data += 1
     vae.save_pretrained(tmp_path / "another")
     train("train_cc3m", problem, tmp_path, vae=tmp_path / "another", **flags)
     assert "reading the training codes" not in capsys.readouterr().out
     assert not torch.equal(load_file(path)["codes"].int(), codes.int())
+
+    # The same number of images under the same names, rebuilt.
+    shutil.copytree(problem / "data", tmp_path / "data")
+    flags["dataset_name"] = tmp_path / "data"
+    train("train_cc3m", problem, tmp_path, **flags)
+    rows = datasets.Dataset.from_parquet(str(tmp_path / "data" / "train-00000.parquet"))
+    rows.select(range(NUM_IMAGES - 1, -1, -1)).to_parquet(tmp_path / "data" / "train-00000.parquet")
+    capsys.readouterr()
+    train("train_cc3m", problem, tmp_path, **flags)
+    assert "reading the training codes" not in capsys.readouterr().out
+    assert torch.equal(load_file(path)["codes"].int(), codes.flip(0).int())
 
 
 @pytest.mark.slow

@@ -3,13 +3,22 @@
 Loading needs `datasets`, of the `train` extra, imported where it is used: `import rq_draft_revise` does without.
 """
 
+import hashlib
+import os
+import struct
+import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
+from glob import glob
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+from .interruption import ignore_stop_signals
 
 
 if TYPE_CHECKING:
@@ -26,82 +35,376 @@ BUILDERS = {
     "tar": "webdataset",
 }
 
+# What `examples/encode_dataset.py` writes. A data set with codes needs no images.
+CODES_COLUMN = "codes"
+VAE_COLUMN = "vae"  # digest of the RQ-VAE whose codes they are
+
+# What decoding a damaged or missing image raises. PIL's UnidentifiedImageError is an OSError.
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, zlib.error,
+              Image.DecompressionBombError)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
 
 def load_split(
     split: str,
-    image_column: str = "image",
+    image_column: str | None = "image",
     caption_column: str | None = None,
     dataset_name: str | None = None,
     train_data_dir: str | None = None,
     data_files: Sequence[str] | None = None,
     train_split: str = "train",
-) -> "datasets.Dataset":
+    label_column: str | None = None,
+    dataset_config_name: str | None = None,
+    streaming: bool = False,
+    filter_column: str | None = None,
+    filter_min: float | None = None,
+    filter_max: float | None = None,
+) -> "datasets.Dataset | datasets.IterableDataset":
     """One split of a data set of images, from the first source that is given.
+
+    Local files are read as they are now. `datasets` keeps a copy of what it has read, and for a folder with a README
+    that lists its splits it looks that copy up by the patterns in the README alone: after the files have been rebuilt
+    it returns the old rows. Here the copy of local files lies in a cache folder named by their paths, sizes and times
+    (under `datasets.config.HF_DATASETS_CACHE`; copies of former states stay until they are deleted).
 
     Args:
         split (`str`): Name of the split, also in the slicing notation of `datasets`: `"train[:90%]"`.
-        image_column (`str`, defaults to `"image"`): Column of the images. Paths or bytes in it are read as images.
+        image_column (`str`, *optional*, defaults to `"image"`): Column of the images. Paths or bytes in it are read as
+            images. Not needed in a data set with a column `codes`, which has been encoded already.
         caption_column (`str`, *optional*): Column of the captions, if there have to be any.
         dataset_name (`str`, *optional*): Hub id, or a local folder that `datasets.load_dataset` reads; `data_files`
             then chooses among its files.
-        train_data_dir (`str`, *optional*): Folder of images, with captions in a `metadata.csv` or `.jsonl`.
-        data_files (`list[str]`, *optional*): Files, all of one kind, which together are the split `train_split`.
+        train_data_dir (`str`, *optional*): Folder of images, with captions in a `metadata.csv` or `.jsonl`, or with a
+            subfolder a class.
+        data_files (`list[str]`, *optional*): Files, all of one kind, which together are the split `train_split`;
+            patterns and addresses too.
         train_split (`str`, defaults to `"train"`): What the split in `data_files` is called.
+        label_column (`str`, *optional*): Column of the class labels, if there have to be any.
+        dataset_config_name (`str`, *optional*): Configuration of a data set that has several.
+        streaming (`bool`, defaults to `False`): Read while training instead of preparing all first.
+        filter_column (`str`, *optional*): Column of numbers by which rows are chosen; `"json.width"` is the field
+            `width` of the column `json`. A row without a number is dropped.
+        filter_min (`float`, *optional*), filter_max (`float`, *optional*): Keep rows whose number is at least, at most
+            this.
 
     Returns:
-        The `datasets.Dataset`; its rows hold a PIL image in `image_column`.
+        The `datasets.Dataset`, or `datasets.IterableDataset` if streaming; its rows hold a PIL image in
+        `image_column`.
 
     Raises:
-        `ValueError`: no source, files of an unknown kind, an unknown column, an unknown or empty split.
+        `ValueError`: no source, files of an unknown kind, an unknown column, an unknown or empty split, a filter that
+            leaves nothing.
     """
     from datasets import Image as ImageFeature
     from datasets import load_dataset
 
+    common = {"split": split, "streaming": streaming}
     if dataset_name is not None:
-        dataset = load_dataset(dataset_name, data_files=data_files, split=split)
+        state = local_state([dataset_name])
+        dataset = load_dataset(
+            dataset_name, dataset_config_name, data_files=data_files, cache_dir=cache_folder(state), **common
+        )
     elif train_data_dir is not None:
-        dataset = load_dataset("imagefolder", data_dir=train_data_dir, split=split)
+        state = local_state([train_data_dir])
+        dataset = load_dataset("imagefolder", data_dir=train_data_dir, cache_dir=cache_folder(state), **common)
     elif data_files:
         kinds = {str(file).rsplit(".", 1)[-1] for file in data_files}
         if len(kinds) > 1 or not kinds <= set(BUILDERS):
             raise ValueError(f"`data_files` must all end in the same one of {sorted(BUILDERS)}, got {sorted(kinds)}.")
-        dataset = load_dataset(BUILDERS[kinds.pop()], data_files={train_split: data_files}, split=split)
+        state = local_state(data_files)
+        data_files = {train_split.split("[")[0]: [str(file) for file in data_files]}  # "train[:90%]" is of "train"
+        dataset = load_dataset(BUILDERS[kinds.pop()], data_files=data_files, cache_dir=cache_folder(state), **common)
     else:
         raise ValueError("Give the images by `dataset_name`, `train_data_dir` or `data_files`, got none of them.")
+    if state is not None and not streaming:
+        # The fingerprint, by which others cache what they compute from the rows, leaves the cache folder out.
+        dataset._fingerprint = hashlib.sha256(f"{state} {dataset._fingerprint}".encode()).hexdigest()[:16]
 
-    for name, column in (("image_column", image_column), ("caption_column", caption_column)):
-        if column is not None and column not in dataset.column_names:
-            raise ValueError(f"`{name}` must be one of {dataset.column_names}, got {column!r}.")
-    if not isinstance(dataset.features[image_column], ImageFeature):
-        dataset = dataset.cast_column(image_column, ImageFeature())
-    return dataset
+    columns = dataset.column_names or list(next(iter(dataset)))
+    is_encoded = CODES_COLUMN in columns
+    for name, column in (
+        ("image_column", None if is_encoded else image_column),
+        ("caption_column", caption_column),
+        ("label_column", label_column),
+        ("filter_column", None if filter_column is None else filter_column.split(".")[0]),
+    ):
+        if column is not None and column not in columns:
+            raise ValueError(f"`{name}` must be one of {columns}, got {column!r}.")
+    has_images = image_column is not None and not is_encoded
+    if has_images:
+        dataset = undecoded(dataset, image_column)  # or a filter would decode every image of a stream
+    if filter_column is not None:
+        dataset = _filtered(dataset, filter_column, filter_min, filter_max)
+    return dataset.cast_column(image_column, ImageFeature()) if has_images else dataset
 
 
-def decode_image(image: Image.Image, resolution: int) -> torch.Tensor:
-    """PIL image to RGB uint8 `(3, resolution, resolution)`: shorter side resized (Lanczos), then the center cropped.
+def local_state(paths: Sequence[str]) -> str | None:
+    """A digest of the names, sizes and times of local files, or of all files in local folders; None if none is local.
+
+    Times are in nanoseconds: a file rewritten with the same size is another file.
+    """
+    files = set()
+    for path in map(str, paths):
+        for found in [path] if os.path.exists(path) else glob(path, recursive=True):
+            if os.path.isdir(found):
+                files.update(os.path.join(folder, name) for folder, _, names in os.walk(found) for name in names)
+            else:
+                files.add(found)
+    stats = [(os.path.abspath(file), os.stat(file)) for file in sorted(files)]
+    lines = [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] if lines else None
+
+
+def cache_folder(state: str | None) -> str | None:
+    """Where `datasets` is to keep its copy of local files in this state; None is its usual place."""
+    import datasets
+
+    return None if state is None else os.path.join(datasets.config.HF_DATASETS_CACHE, "local", state)
+
+
+def split_names(
+    dataset_name: str | None = None,
+    train_data_dir: str | None = None,
+    data_files: Sequence[str] | None = None,
+    train_split: str = "train",
+    dataset_config_name: str | None = None,
+) -> list[str]:
+    """Names of the splits that a source has; see [`load_split`]."""
+    from datasets import get_dataset_split_names
+
+    if dataset_name is not None:
+        return get_dataset_split_names(dataset_name, dataset_config_name, data_files=data_files)
+    if train_data_dir is not None:
+        return get_dataset_split_names("imagefolder", data_dir=train_data_dir)
+    return [train_split.split("[")[0]]
+
+
+def value_of(row: dict[str, Any], column: str) -> Any:
+    """A row's value in `column`, or in a field of a column: `"json.width"`. None where it has none."""
+    name, *fields = column.split(".")
+    value = row[name]
+    for field in fields:
+        value = value.get(field) if isinstance(value, dict) else None
+    return value
+
+
+def _filtered(dataset, column: str, least: float | None, most: float | None):
+    if least is None and most is None:
+        raise ValueError(f"`filter_column` {column!r} needs `filter_min`, `filter_max` or both, got neither.")
+
+    def is_wanted(value) -> bool:
+        if not isinstance(value, (int, float)):
+            return False
+        return (least is None or value >= least) and (most is None or value <= most)  # False for NaN
+
+    if not hasattr(dataset, "select"):
+        return dataset.filter(lambda row: is_wanted(value_of(row, column)))
+    rows = dataset.select_columns([column.split(".")[0]])
+    wanted = [i for i, row in enumerate(rows) if is_wanted(value_of(row, column))]
+    if not wanted:
+        raise ValueError(f"`filter_column` {column!r} within [{least}, {most}] leaves none of {len(dataset):,} rows.")
+    return dataset.select(wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------- skipping
+
+
+class SkippedRows:
+    """The rows that are left out, counted and named, by reason. Each is printed once, the first few of a reason.
+
+    Args:
+        name (`str`): Of the data set, to name a row by.
+        shown (`int`, defaults to 10): Rows of a reason that are printed.
+    """
+
+    def __init__(self, name: str = "the data set", shown: int = 10):
+        self.name, self.shown = name, shown
+        self.rows: dict[str, dict[str, None]] = {}
+
+    def add(self, reason: str, row: str) -> None:
+        """Leave out `row`; a second time changes nothing."""
+        rows = self.rows.setdefault(reason, {})
+        if row in rows:
+            return
+        rows[row] = None
+        if len(rows) <= self.shown:
+            more = " (further ones are only counted)" if len(rows) == self.shown else ""
+            print(f"Skipped: {reason}, {row} of {self.name}{more}", flush=True)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.rows.values()))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{len(rows):,} with {reason}" for reason, rows in self.rows.items()) or "none"
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a caption or label is missing: None, or a text of white space."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def without_empty(dataset: "datasets.Dataset", column: str, skipped: SkippedRows) -> "datasets.Dataset":
+    """The rows that have a value in `column`; the others are counted.
+
+    Raises:
+        `ValueError`: no row has one.
+    """
+    values = dataset[column][:]
+    kept = [i for i, value in enumerate(values) if not is_empty(value)]
+    if len(kept) == len(values):
+        return dataset
+    for i in sorted(set(range(len(values))).difference(kept)):
+        skipped.add(f"an empty {column!r}", f"row {i}")
+    if not kept:
+        raise ValueError(f"Column {column!r} must have values, but all {len(values):,} rows are empty.")
+    return dataset.select(kept)
+
+
+# ---------------------------------------------------------------------------------------------------------- decoding
+
+
+def decode_image(image: Image.Image, resolution: int, crop: tuple[float, float] | None = None) -> torch.Tensor:
+    """PIL image to RGB uint8 `(3, resolution, resolution)`: shorter side resized (Lanczos), then a square cropped.
 
     Everything stays uint8 until it is on the training device: a quarter of the memory and of the transfer.
+
+    Args:
+        crop (`tuple[float, float]`, *optional*): Where the square lies, from 0 (left, top) to 1 (right, bottom). By
+            default in the center.
     """
     image = image.convert("RGB")
     if image.size != (resolution, resolution):
         scale = resolution / min(image.size)
         width, height = (max(resolution, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-        left, top = (width - resolution) // 2, (height - resolution) // 2
+        if crop is None:
+            left, top = (width - resolution) // 2, (height - resolution) // 2
+        else:
+            left, top = (int(u * (side - resolution + 1)) for u, side in zip(crop, (width, height)))
+            left, top = min(left, width - resolution), min(top, height - resolution)
         image = image.crop((left, top, left + resolution, top + resolution))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def decode_all(dataset: "datasets.Dataset", image_column: str, resolution: int) -> torch.Tensor:
-    """Every image of a data set in one uint8 tensor `(num_images, 3, resolution, resolution)` in memory."""
+class DecodedImages(torch.utils.data.Dataset):
+    """The images of a data set by row, decoded; the next readable one stands in for one that cannot be read.
+
+    So a batch is full, and the same whoever reads it. A key is `(row, flip, left, top)` as from [`training_draws`],
+    with `crop` from 0 to 1, or a row alone: then the center and not mirrored.
+
+    Args:
+        dataset (`datasets.Dataset`): From [`load_split`].
+        image_column (`str`): Column of the images.
+        resolution (`int`): Side of the square that they become.
+        first_row (`int`, defaults to 0): Number of the first row where one is named.
+    """
+
+    def __init__(self, dataset: "datasets.Dataset", image_column: str, resolution: int, first_row: int = 0):
+        self.rows = undecoded(dataset.select_columns([image_column]), image_column)
+        self.image_column, self.resolution, self.first_row = image_column, resolution, first_row
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key) -> tuple[torch.Tensor, int, list[str]]:
+        """uint8 `(3, resolution, resolution)`, the row that it is from, and the names of unreadable rows."""
+        row, flip, *crop = key if isinstance(key, tuple) else (key, False)
+        unreadable = []
+        for i in (*range(row, len(self)), *range(row)):
+            value = self.rows[i][self.image_column]
+            try:
+                image = decode_value(value, self.resolution, tuple(crop) or None)
+            except UNREADABLE as error:
+                unreadable.append(row_name(self.first_row + i, value, error))
+                continue
+            return (image.flip(-1) if flip else image), i, unreadable
+        raise ValueError(f"`image_column` {self.image_column!r} has no readable image: {unreadable[0]}.")
+
+
+def undecoded(dataset, image_column: str):
+    """The same data set with its images as bytes or paths, so that one that is damaged stops nobody."""
+    from datasets import Image as ImageFeature
+
+    return dataset.cast_column(image_column, ImageFeature(decode=False))
+
+
+def decode_value(value: dict | None, resolution: int, crop: tuple[float, float] | None = None) -> torch.Tensor:
+    """What an undecoded column holds to uint8 `(3, resolution, resolution)`; raises one of [`UNREADABLE`]."""
+    from datasets import Image as ImageFeature
+
+    if value is None:
+        raise ValueError("there is none")
+    return decode_image(ImageFeature().decode_example(value), resolution, crop)
+
+
+def row_name(row: int, value: dict | None, error: Exception) -> str:
+    """How a row that cannot be read is named."""
+    path = value.get("path") if isinstance(value, dict) else None
+    return f"row {row} ({f'{path}: ' if path else ''}{type(error).__name__})"
+
+
+def decode_all(
+    dataset: "datasets.Dataset", image_column: str, resolution: int, skipped: SkippedRows | None = None
+) -> torch.Tensor:
+    """Every image of a data set in one uint8 tensor `(num_images, 3, resolution, resolution)` in memory.
+
+    The next readable image stands in for one that cannot be read, which is printed and counted in `skipped`.
+    """
     images = torch.empty(len(dataset), 3, resolution, resolution, dtype=torch.uint8)
-    for i, row in enumerate(dataset.select_columns([image_column])):
-        images[i] = decode_image(row[image_column], resolution)
+    decoded = DecodedImages(dataset, image_column, resolution)
+    skipped = SkippedRows() if skipped is None else skipped
+    for i in range(len(dataset)):
+        images[i], _, unreadable = decoded[i]
+        for name in unreadable:
+            skipped.add("an unreadable image", name)
     return images
 
 
-def _decode_rows(rows: list[dict], image_column: str, resolution: int) -> torch.Tensor:
-    return torch.stack([decode_image(row[image_column], resolution) for row in rows])
+def _collate(rows: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    images, indices, unreadable = zip(*rows)
+    return torch.stack(images), torch.tensor(indices), [name for names in unreadable for name in names]
+
+
+def decoded_rows(
+    dataset: "datasets.Dataset",
+    batches_of_keys: Iterable[Sequence],
+    image_column: str,
+    resolution: int,
+    device: torch.device,
+    num_workers: int = 0,
+    skipped: SkippedRows | None = None,
+    first_row: int = 0,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Decode images as they are needed, and say which rows they are from.
+
+    Args:
+        batches_of_keys: The keys of [`DecodedImages`] that make up each batch; may be endless. In training by several
+            processes, the share of this one.
+        device (`torch.device`): Where the images go, without waiting for the copy.
+        num_workers (`int`, defaults to 0): Processes that decode ahead; 0 decodes in this one.
+        skipped ([`SkippedRows`], *optional*): Counts the rows that cannot be read.
+        first_row (`int`, defaults to 0): Number of the data set's first row where one is named.
+
+    Yields:
+        uint8 `(B, 3, resolution, resolution)` on `device` and int64 `(B,)` rows, those asked for except where another
+        row stands in.
+    """
+    skipped = SkippedRows() if skipped is None else skipped
+    loader = torch.utils.data.DataLoader(
+        DecodedImages(dataset, image_column, resolution, first_row),
+        batch_sampler=batches_of_keys,
+        collate_fn=_collate,
+        num_workers=num_workers,
+        pin_memory=torch.device(device).type == "cuda",
+        worker_init_fn=ignore_stop_signals,
+        generator=torch.Generator(),  # or it draws from the global one, and a resumed run from another state
+    )
+    for images, indices, unreadable in loader:
+        for name in unreadable:
+            skipped.add("an unreadable image", name)
+        yield images.to(device, non_blocking=True), indices
 
 
 def decoded_batches(
@@ -112,28 +415,9 @@ def decoded_batches(
     device: torch.device,
     num_workers: int = 0,
 ) -> Iterator[torch.Tensor]:
-    """Decode images as they are needed.
-
-    Args:
-        batches_of_indices: Which images make up each batch, for example from [`training_order`]; may be endless. In
-            training by several processes, the share of this one.
-        device (`torch.device`): Where the batches go, without waiting for the copy.
-        num_workers (`int`, defaults to 0): Processes that decode ahead; 0 decodes in this one.
-
-    Yields:
-        uint8 `(B, 3, resolution, resolution)` on `device`, one for each batch of indices.
-    """
-    loader = torch.utils.data.DataLoader(
-        dataset.select_columns([image_column]),
-        batch_sampler=batches_of_indices,
-        # No lambda: where workers are not forked, this is pickled.
-        collate_fn=partial(_decode_rows, image_column=image_column, resolution=resolution),
-        num_workers=num_workers,
-        pin_memory=torch.device(device).type == "cuda",
-        generator=torch.Generator(),  # or it draws from the global one, and a resumed run from another state
-    )
-    for images in loader:
-        yield images.to(device, non_blocking=True)
+    """[`decoded_rows`] without the rows: uint8 `(B, 3, resolution, resolution)` on `device`."""
+    for images, _ in decoded_rows(dataset, batches_of_indices, image_column, resolution, device, num_workers):
+        yield images
 
 
 def to_pixel_values(images: torch.Tensor, flips: torch.Tensor | None = None) -> torch.Tensor:
@@ -144,10 +428,26 @@ def to_pixel_values(images: torch.Tensor, flips: torch.Tensor | None = None) -> 
     return pixel_values
 
 
+# ------------------------------------------------------------------------------------------------------------- order
+
+
 def training_order(
     num_images: int, start: int, batch_size: int, process_index: int, num_processes: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The micro-batches of one process, for ever.
+    """The micro-batches of one process, for ever: [`training_draws`], of which only the coin for mirroring.
+
+    Yields:
+        indices `(batch_size,)` int64 in `[0, num_images)`, and whether to mirror each image, `(batch_size,)` bool, a
+        fair coin thrown anew each epoch.
+    """
+    for indices, draws in training_draws(num_images, start, batch_size, process_index, num_processes, seed):
+        yield indices, draws[:, 0] < 0.5
+
+
+def training_draws(
+    num_images: int, start: int, batch_size: int, process_index: int, num_processes: int, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The micro-batches of one process and what is random about each image, for ever.
 
     Training reads one endless sequence of images, whose epoch e is a permutation drawn from (seed, e). The k-th image
     is thus a function of (seed, k) alone: a run that resumes at `start` needs no state, and a batch has the same
@@ -163,8 +463,8 @@ def training_order(
         seed (`int`): Not negative.
 
     Yields:
-        indices `(batch_size,)` int64 in `[0, num_images)`, and whether to mirror each image, `(batch_size,)` bool, a
-        fair coin thrown anew each epoch.
+        indices `(batch_size,)` int64 in `[0, num_images)`, and `(batch_size, 3)` float64 uniform in [0, 1), new
+        ones each epoch: which view of the image, and where to crop it from left to right and from top to bottom.
 
     Raises:
         `ValueError`: at the first `next`, for sizes below 1, a negative `start` or `seed`, or no such process.
@@ -187,10 +487,106 @@ def training_order(
         epochs = {e: epochs[e] if e in epochs else _draw_epoch(num_images, e, seed) for e in needed}
         parts = [(epochs[e], positions[positions // num_images == e] % num_images) for e in needed]
         indices = np.concatenate([permutation[places] for (permutation, _), places in parts])
-        flips = np.concatenate([flips[places] for (_, flips), places in parts])
-        yield torch.from_numpy(indices), torch.from_numpy(flips)
+        draws = np.concatenate([draws[places] for (_, draws), places in parts])
+        yield torch.from_numpy(indices), torch.from_numpy(draws)
 
 
 def _draw_epoch(num_images: int, epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng([seed, epoch])
-    return random.permutation(num_images), random.random(num_images) < 0.5
+    permutation, views = random.permutation(num_images), random.random(num_images)
+    return permutation, np.column_stack([views, random.random((num_images, 2))])
+
+
+# --------------------------------------------------------------------------------------------------------- streaming
+
+
+def streamed_rows(
+    dataset: "datasets.IterableDataset",
+    seed: int,
+    buffer_size: int,
+    process_index: int,
+    num_processes: int,
+    start: tuple[int, int] = (0, 0),
+) -> Iterator[tuple[dict, tuple[int, int]]]:
+    """The rows of one process of a data set that cannot be read by number, for ever.
+
+    Each epoch is shuffled anew from (seed, epoch): the files as a whole, and rows within a buffer. Where the number of
+    files is a multiple of `num_processes` each process reads its own files, otherwise each reads all and takes every
+    `num_processes`-th row.
+
+    A run that resumes **reads again** what it had read of the epoch, without decoding: that is the only way to have
+    the buffer as it was. It costs the reading of up to one epoch, which for local files is small beside training on
+    them, and for remote ones means downloading them again.
+
+    Args:
+        dataset (`datasets.IterableDataset`): With undecoded images ([`undecoded`]).
+        buffer_size (`int`): Rows in the shuffle buffer.
+        start (`tuple[int, int]`, defaults to the beginning): Epoch, and rows of it that this process has read.
+
+    Yields:
+        The row, and the place after it, from which a run resumes behind it.
+
+    Raises:
+        `ValueError`: this process's share has no rows.
+    """
+    from datasets.distributed import split_dataset_by_node
+
+    share = split_dataset_by_node(
+        dataset.shuffle(seed=seed, buffer_size=buffer_size), rank=process_index, world_size=num_processes
+    )
+    epoch, num_skipped = start
+    while True:
+        share.set_epoch(epoch)
+        count = 0
+        for row in share:
+            count += 1
+            if count > num_skipped:
+                yield row, (epoch, count)
+        if count == 0:
+            raise ValueError(f"The streamed data set has no rows for process {process_index} of {num_processes}.")
+        epoch, num_skipped = epoch + 1, 0
+
+
+def streamed_name(row: dict, place: tuple[int, int]) -> str:
+    """How a row of a stream is named: by its key in a webdataset, else by its place."""
+    return f"key {row['__key__']}" if "__key__" in row else f"row {place[1]} of epoch {place[0]}"
+
+
+def decoded_stream(
+    rows: Iterable[tuple[dict, tuple[int, int]]],
+    decode: "partial",
+    num_threads: int,
+    reason: str,
+    skipped: SkippedRows,
+) -> Iterator[tuple[dict, Any, tuple[int, int]]]:
+    """Decode streamed rows, ahead in `num_threads` threads (0: none). Rows that `decode` cannot read are left out.
+
+    Yields:
+        The row, what `decode(row, place)` made of it, and its place; in the order of `rows`.
+    """
+
+    def attempt(row, place):
+        try:
+            return decode(row, place), None
+        except UNREADABLE as error:
+            return None, error
+
+    def result_of(row, place, outcome):
+        decoded, error = outcome
+        if error is not None:
+            skipped.add(reason, streamed_name(row, place))
+        return decoded
+
+    if num_threads == 0:
+        for row, place in rows:
+            if (decoded := result_of(row, place, attempt(row, place))) is not None:
+                yield row, decoded, place
+        return
+    with ThreadPoolExecutor(num_threads) as pool:  # PIL and libjpeg decode outside of Python's lock
+        ahead = deque()
+        for row, place in rows:
+            ahead.append((row, place, pool.submit(attempt, row, place)))
+            if len(ahead) > 8 * num_threads:
+                row, place, future = ahead.popleft()
+                if (decoded := result_of(row, place, future.result())) is not None:
+                    yield row, decoded, place

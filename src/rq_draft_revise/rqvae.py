@@ -72,11 +72,14 @@ class CodebookUpdateOutput(BaseOutput):
         usage (`torch.Tensor` of shape `(code_depth,)`): Share of the codebook that this batch used, by depth.
         perplexity (`torch.Tensor` of shape `(code_depth,)`): exp of the entropy of the codes, by depth.
         num_restarted (`torch.Tensor`, int64 scalar): Codes moved onto vectors of this batch.
+        restarts (`torch.Tensor` of shape `(code_depth,)`, int64): The same by the depth at which those vectors are
+            what is left to quantize. Codes of a shared codebook may move onto any depth's.
     """
 
     usage: torch.Tensor
     perplexity: torch.Tensor | None = None
     num_restarted: torch.Tensor | None = None
+    restarts: torch.Tensor | None = None
 
 
 class ResidualQuantizer(nn.Module):
@@ -189,10 +192,12 @@ class ResidualQuantizer(nn.Module):
         (`vectors / codebook_size`). An absolute bound would restart most of the codebook at small batches.
 
         Args:
-            latents (`torch.Tensor` of shape `(n, dim)`): The vectors of one optimizer step on this process.
+            latents (list of `torch.Tensor` of shape `(n, dim)`): The vectors of one optimizer step on this process, a
+                tensor a micro-batch; every process gives as many tensors.
             generator (`torch.Generator`, *optional*): Chooses the vectors that restarted codes move to.
         """
-        residual, inputs, codes = latents.float(), [], []
+        rows, num_vectors = _rows_in_global_batch([batch.shape[0] for batch in latents], latents[0].device)
+        residual, inputs, codes = torch.cat(latents).float(), [], []
         for depth in range(self.depth):
             inputs.append(residual)
             codes.append(self.nearest(residual, depth))
@@ -214,39 +219,89 @@ class ResidualQuantizer(nn.Module):
         means = self.ema_sums / self.ema_counts.clamp(min=torch.finfo(self.ema_counts.dtype).tiny).unsqueeze(-1)
         self.codebook[:, :-1][seen] = means[seen]
 
-        num_restarted = 0
-        pools = [torch.cat(inputs)] if shared else inputs
-        for book, pool in enumerate(pools):
-            num_restarted += self._restart(
-                book, pool, even_share=counts[book].sum() / self.codebook_size, generator=generator
-            )
+        if shared:
+            # One book, whose codes may move onto what is left at any depth.
+            even_share = counts[0].sum() / self.codebook_size
+            restarts = self._restart(0, torch.stack(inputs), rows, num_vectors, even_share, generator)
+        else:
+            restarts = torch.cat([
+                self._restart(depth, inputs[depth][None], rows, num_vectors, counts[depth].sum() / self.codebook_size,
+                              generator)
+                for depth in range(self.depth)
+            ])  # fmt: skip
 
         frequencies = counts_by_depth / counts_by_depth.sum(dim=-1, keepdim=True)
         return CodebookUpdateOutput(
             usage=(counts_by_depth > 0).float().mean(dim=-1),
             perplexity=torch.special.entr(frequencies).sum(dim=-1).exp(),
-            num_restarted=torch.tensor(num_restarted),
+            num_restarted=restarts.sum(),
+            restarts=restarts,
         )
 
     def _restart(
-        self, book: int, pool: torch.Tensor, even_share: torch.Tensor, generator: torch.Generator | None
-    ) -> int:
-        """Move the unused codes of one codebook onto vectors of `pool`, each with an even share as its new history."""
+        self,
+        book: int,
+        pool: torch.Tensor,
+        rows: torch.Tensor,
+        num_vectors: int,
+        even_share: torch.Tensor,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
+        """Move the unused codes of one codebook onto vectors of the global batch, whichever process has them, each
+        with an even share as its new history.
+
+        Args:
+            pool (`torch.Tensor` of shape `(d, n, dim)`): What this process's vectors leave to d depths.
+            rows (`torch.Tensor` of shape `(n,)`, int64), num_vectors (`int`): Of [`_rows_in_global_batch`].
+
+        Returns:
+            `(d,)` int64: how many codes moved onto vectors of each depth.
+        """
+        depths, num_own, dim = pool.shape
         unused = (self.ema_counts[book] < self.restart_threshold * even_share).nonzero().squeeze(-1)
+        if unused.shape[0] == 0:  # in every process: their averages are equal to the bit
+            return torch.zeros(depths, dtype=torch.int64)
         device = generator.device if generator is not None else pool.device
-        chosen = torch.randperm(pool.shape[0], generator=generator, device=device)[: unused.shape[0]].to(pool.device)
-        vectors = pool[chosen].to(self.codebook.dtype)
-        if dist.is_available() and dist.is_initialized():
-            # Every process has the same `unused`, but its own vectors: the first one's are taken by all.
-            size = torch.tensor(vectors.shape[0], device=pool.device)
-            dist.broadcast(size, src=0)
-            vectors = vectors.new_zeros(int(size), pool.shape[1]) if dist.get_rank() else vectors.contiguous()
-            dist.broadcast(vectors, src=0)
+        chosen = torch.randperm(depths * num_vectors, generator=generator, device=device)[: unused.shape[0]]
+        chosen = chosen.to(pool.device)
+        distributed = dist.is_available() and dist.is_initialized()
+        if distributed:
+            dist.broadcast(chosen, src=0)  # generators need not agree
+
+        place = torch.full((num_vectors,), -1, device=pool.device)  # of each row of the global batch in `pool`, or -1
+        place[rows] = torch.arange(num_own, device=pool.device)
+        depth, place = chosen // num_vectors, place[chosen % num_vectors]
+        vectors = torch.where((place >= 0).unsqueeze(-1), pool[depth, place], 0.0).to(self.codebook.dtype)
+        if distributed:
+            dist.all_reduce(vectors)  # each row is zero in every process but one: the sum is exact
+
         unused = unused[: vectors.shape[0]]
         self.codebook[book, unused] = vectors
         self.ema_counts[book, unused] = even_share.to(self.ema_counts.dtype)
         self.ema_sums[book, unused] = vectors * even_share.to(vectors.dtype)
-        return unused.shape[0]
+        return depth.bincount(minlength=depths).cpu()
+
+
+def _rows_in_global_batch(sizes: list[int], device: torch.device) -> tuple[torch.Tensor, int]:
+    """Where the vectors of this process lie among those of all, in the order that one process would have them in.
+
+    That order is the first micro-batch of each process, then the second of each: the order of the training data.
+
+    Args:
+        sizes (`list[int]`): Vectors in each micro-batch of this process.
+
+    Returns:
+        The row of each vector, int64 `(sum(sizes),)`, and how many vectors all processes have.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return torch.arange(sum(sizes), device=device), sum(sizes)
+    own = torch.tensor(sizes, device=device)
+    by_process = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(by_process, own)
+    table = torch.stack(by_process, dim=1).cpu()  # (micro-batches, processes)
+    starts = (table.flatten().cumsum(0) - table.flatten()).view_as(table)[:, dist.get_rank()]
+    rows = torch.cat([start + torch.arange(size) for start, size in zip(starts.tolist(), sizes)])
+    return rows.to(device), int(table.sum())
 
 
 class RQVAEModel(ModelMixin, ConfigMixin):
@@ -481,15 +536,17 @@ class RQVAEModel(ModelMixin, ConfigMixin):
         """Let the codebook follow the encoder: one exponential-moving-average step with restarts of unused codes.
 
         Call it once after each optimizer step, on every process, with the latents of all micro-batches: gradient
-        accumulation then equals the large batch exactly.
+        accumulation then equals the large batch exactly, and so do several processes up to the order of their sums.
+        Restarted codes move onto vectors of the global batch, the same however it is split.
 
         Args:
             latents (`torch.Tensor` of shape `(batch_size, latent_channels, h, w)`, or a list of them): As returned by
                 `forward`; gradients are ignored.
-            generator (`torch.Generator`, *optional*): Chooses the vectors that restarted codes move to.
+            generator (`torch.Generator`, *optional*): Chooses the vectors that restarted codes move to. Of several
+                processes the first one's choice counts.
         """
         batches = [latents] if isinstance(latents, torch.Tensor) else list(latents)
         if not batches:
             raise ValueError("`latents` must hold at least one tensor, got an empty list.")
-        vectors = torch.cat([batch.detach().permute(0, 2, 3, 1).flatten(end_dim=-2) for batch in batches])
+        vectors = [batch.detach().permute(0, 2, 3, 1).flatten(end_dim=-2) for batch in batches]
         return self.quantizer.update(vectors, generator=generator)

@@ -1,0 +1,296 @@
+"""Adapt a pipeline to a handful of images by LoRA: low-rank additions to its transformer's attention, a small file.
+
+    accelerate launch examples/train_lora.py --pretrained_model_name_or_path pipelines/emoji-scenes \\
+        --train_data_dir my-images --rank 8 --max_train_steps 300 --output_dir runs/my-lora
+
+`my-images` holds images and a `metadata.jsonl` of lines such as {"file_name": "1.png", "text": "a cat in my garden"};
+where all images show one thing, `--instance_prompt "a cat in my garden"` stands for all captions. The loss is that of
+the second stage: codes at random masks, given the others and the caption. Into `output_dir` the script writes
+`pytorch_lora_weights.safetensors`, a model card and `train_log.jsonl`; then
+
+    pipe = DraftAndRevisePipeline.from_pretrained("pipelines/emoji-scenes")
+    pipe.load_lora_weights("runs/my-lora")
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from huggingface_hub import ModelCardData
+from peft import LoraConfig, get_peft_model_state_dict
+
+from rq_draft_revise import DraftAndRevisePipeline
+from rq_draft_revise.budget import learning_rate_at
+from rq_draft_revise.conditions import tokenize
+from rq_draft_revise.data import decode_all, load_split, to_pixel_values, training_order
+from rq_draft_revise.hub import create_repository, upload
+from rq_draft_revise.masks import random_mask
+from rq_draft_revise.model_card import model_card
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the pipeline.")
+    group.add_argument("--revision", help="Of the pipeline on the Hub.")
+    group.add_argument("--variant", help="Of the pipeline's weights, such as fp16.")
+    group.add_argument("--rank", type=int, default=4, help="Of the additions.")
+    group.add_argument("--lora_alpha", type=int, help="The additions are scaled by alpha / rank. Default: the rank.")
+    group.add_argument("--lora_dropout", type=float, default=0.0)
+    group.add_argument("--lora_layers", default="to_q,to_k,to_v,to_out.0",
+                       help="The layers that are added to: ends of their names, separated by commas.")  # fmt: skip
+    group.add_argument("--gradient_checkpointing", action="store_true")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset_name", help="Hub id, or a local folder that `datasets.load_dataset` reads.")
+    group.add_argument("--train_data_dir", help="Folder of images with a metadata.csv or .jsonl of captions.")
+    group.add_argument("--train_split", default="train")
+    group.add_argument("--image_column", default="image")
+    group.add_argument("--caption_column", default="text")
+    group.add_argument("--label_column", default="label", help="Of a class-conditional pipeline.")
+    group.add_argument("--instance_prompt", help="Caption of all images, in place of a column.")
+    group.add_argument("--random_flip", action="store_true", help="Mirror half of the images, chosen anew each epoch.")
+
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--train_batch_size", type=int, default=4, help="Images per process and micro-batch.")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    group.add_argument("--max_train_steps", type=int, default=500)
+    group.add_argument("--learning_rate", type=float, default=1e-3)
+    group.add_argument("--lr_scheduler", choices=["cosine", "constant"], default="constant")
+    group.add_argument("--lr_warmup_steps", type=int, default=0)
+    group.add_argument("--adam_beta1", type=float, default=0.9)
+    group.add_argument("--adam_beta2", type=float, default=0.95)
+    group.add_argument("--adam_weight_decay", type=float, default=1e-4)
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="0 does not clip.")
+    group.add_argument("--condition_dropout", type=float, default=0.1, help="Share of captions dropped, for guidance.")
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: as accelerate configured.")
+    group.add_argument("--seed", type=int, default=0)
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", default="lora-weights")
+    group.add_argument("--logging_steps", type=int, default=10)
+    group.add_argument("--validation_prompt", help="Drawn with the adapter at the end, into validation-*.png.")
+    group.add_argument("--num_validation_images", type=int, default=4)
+    group.add_argument("--push_to_hub", action="store_true")
+    group.add_argument("--hub_model_id", help="Default: the name of --output_dir, in your namespace.")
+    group.add_argument("--hub_token", help="Default: the one you are logged in with.")
+    group.add_argument("--hub_private_repo", action="store_true")
+
+    args = parser.parse_args(argv)
+    if args.dataset_name is None and args.train_data_dir is None:
+        raise ValueError("Give the images by --dataset_name or --train_data_dir, got neither.")
+    for name in ("rank", "lora_alpha", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
+                 "logging_steps", "num_validation_images"):  # fmt: skip
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    for name in ("condition_dropout", "lora_dropout"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name} must lie in [0, 1), got {getattr(args, name)}.")
+    return args
+
+
+def load_condition(args, dataset, pipe) -> tuple[str | None, torch.Tensor | None]:
+    """The transformer's argument for the condition, with its rows `(num_images, ...)`; None where it has none."""
+    config = pipe.transformer.config
+    if config.text_vocab_size is not None:
+        captions = [args.instance_prompt] * len(dataset) if args.instance_prompt else dataset[args.caption_column][:]
+        return "input_ids", tokenize(captions, pipe.tokenizer, config.max_text_length, config.text_vocab_size)
+    if config.num_classes is not None:
+        return "class_labels", torch.tensor(dataset[args.label_column][:])
+    return None, None
+
+
+@torch.no_grad()
+def encode_images(args, dataset, pipe, device) -> torch.Tensor:
+    """Codes `(num_images, views, h, w, D)` of all images: a handful, so once and for all. View 1 is mirrored."""
+    config = pipe.transformer.config
+    images = decode_all(dataset, args.image_column, pipe.vae.config.sample_size)  # (num_images, 3, H, W)
+    views = []
+    for flip in (False, True) if args.random_flip else (False,):
+        batches = [to_pixel_values(batch.to(device)) for batch in images.split(16)]
+        views.append(torch.cat([pipe.vae.encode(b.flip(-1) if flip else b).codes for b in batches]))
+    codes = torch.stack(views, dim=1)
+    if codes.shape[2:4] != (config.height, config.width):
+        raise ValueError(
+            f"The transformer must have the RQ-VAE's {codes.shape[2]}x{codes.shape[3]} positions, got "
+            f"{config.height}x{config.width}."
+        )
+    return codes
+
+
+def main(args):
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    repo_id = create_repository(args) if accelerator.is_main_process else None
+
+    # 1. The pipeline, frozen, and the adapter, which alone trains: in float32, also on top of half precision
+    set_seed(args.seed)  # the same in every process, so that all start from the same adapter
+    pipe = DraftAndRevisePipeline.from_pretrained(
+        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant
+    )
+    pipe.to(accelerator.device)
+    vae, transformer = pipe.vae, pipe.transformer
+    vae.requires_grad_(False)
+    transformer.requires_grad_(False)
+    transformer.add_adapter(
+        LoraConfig(
+            r=args.rank,
+            lora_alpha=args.rank if args.lora_alpha is None else args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            init_lora_weights="gaussian",
+            target_modules=[name.strip() for name in args.lora_layers.split(",")],
+        )
+    )
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+    )
+    model, optimizer = accelerator.prepare(transformer.train(), optimizer)
+    set_seed(args.seed, device_specific=True)
+
+    # 2. The images, as codes
+    config, columns = transformer.config, {}
+    if config.text_vocab_size is not None and args.instance_prompt is None:
+        columns["caption_column"] = args.caption_column
+    if config.num_classes is not None:
+        columns["label_column"] = args.label_column
+    with accelerator.main_process_first():
+        dataset = load_split(
+            args.train_split,
+            image_column=args.image_column,
+            dataset_name=args.dataset_name,
+            train_data_dir=args.train_data_dir,
+            **columns,
+        )
+    condition_name, conditions = load_condition(args, dataset, pipe)
+    codes_of_images = encode_images(args, dataset, pipe, accelerator.device)
+    total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    accelerator.print(
+        f"adapter: {sum(p.numel() for p in trainable):,} parameters of rank {args.rank}\n"
+        f"images: {len(dataset):,}; total batch {total_batch_size:,}; {args.max_train_steps:,} steps"
+    )
+
+    # 3. Training
+    order = training_order(
+        len(dataset), 0, args.train_batch_size, accelerator.process_index, accelerator.num_processes, args.seed
+    )
+    num_parts = accelerator.num_processes * args.gradient_accumulation_steps
+    generator = torch.Generator()
+    started, loss_sum, window = time.monotonic(), torch.zeros((), device=accelerator.device), 0
+    log = (output_dir / "train_log.jsonl").open("w", buffering=1) if accelerator.is_main_process else None
+    for step in range(args.max_train_steps):
+        learning_rate = learning_rate_at(
+            step, step / args.max_train_steps, args.learning_rate, args.lr_scheduler, args.lr_warmup_steps
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        # Every process draws the masks of the whole batch and takes its rows, as in the training of the second stage.
+        generator.manual_seed(args.seed * 1_000_003 + step)
+        masks = random_mask(total_batch_size, transformer.num_positions, generator)
+        dropped = torch.rand(total_batch_size, generator=generator) < args.condition_dropout
+        num_masked, num_texts = masks.sum().item(), max(1, (~dropped).sum().item())
+        for micro_batch in range(args.gradient_accumulation_steps):
+            first = (micro_batch * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
+            rows = slice(first, first + args.train_batch_size)
+            indices, flips = next(order)
+            codes = codes_of_images[indices, flips.long() if args.random_flip else 0]  # (B, h, w, D)
+            mask = masks[rows].to(accelerator.device).view(-1, config.height, config.width, 1)
+            condition = {}
+            if conditions is not None:
+                batch = conditions[indices].to(accelerator.device)  # (B, L) or (B,)
+                null = dropped[rows].to(accelerator.device).view(-1, *[1] * (batch.ndim - 1))
+                condition[condition_name] = batch.masked_fill(null, transformer.null_condition_id)
+            # every masked code and every text of the whole batch counts the same, whatever micro-batch it is in
+            image_share = masks[rows].sum().item() / num_masked * num_parts
+            text_share = (~dropped[rows]).sum().item() / num_texts * num_parts
+            with accelerator.accumulate(model):
+                out = model(codes.masked_fill(mask, transformer.mask_token_id), labels=codes, **condition)
+                loss = out.image_loss * image_share
+                if out.text_loss is not None:
+                    text_loss = out.text_loss * text_share
+                    loss = (1 - config.text_loss_weight) * loss + config.text_loss_weight * text_loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and args.max_grad_norm > 0:
+                    accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            loss_sum += loss.detach() / args.gradient_accumulation_steps
+        window += 1
+        if (step + 1) % args.logging_steps == 0 or step + 1 == args.max_train_steps:
+            mean = accelerator.reduce(loss_sum / window, "mean").item()
+            seconds = round(time.monotonic() - started, 2)
+            if log is not None:
+                entry = {"step": step + 1, "loss": mean, "learning_rate": learning_rate, "seconds": seconds}
+                log.write(json.dumps(entry) + "\n")
+                print(f"step {step + 1}/{args.max_train_steps} loss {mean:.4f} lr {learning_rate:.2e}", flush=True)
+            loss_sum, window = torch.zeros_like(loss_sum), 0
+
+    # 4. The adapter, its card, and a look at it
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        log.close()
+        transformer.eval()
+        DraftAndRevisePipeline.save_lora_weights(
+            output_dir,
+            transformer_lora_layers=get_peft_model_state_dict(transformer),
+            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+        )
+        pictures = save_validation_images(args, pipe, output_dir) if args.validation_prompt else []
+        write_adapter_card(args, pipe, repo_id or output_dir.as_posix(), len(dataset), mean, pictures)
+        upload(args, repo_id)
+        print(f"Saved to {output_dir} after {args.max_train_steps:,} steps.")
+    accelerator.end_training()
+
+
+def save_validation_images(args, pipe, output_dir) -> list[str]:
+    """Draw --validation_prompt, or its class, with the adapter. Returns the names of the files."""
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_validation_images)]
+    given = {"prompt": args.validation_prompt}
+    if pipe.transformer.config.num_classes is not None:
+        given = {"class_labels": args.validation_prompt}
+    images = pipe(**given, num_images_per_prompt=len(generators), generator=generators).images
+    names = [f"validation-{i}.png" for i in range(len(images))]
+    for name, image in zip(names, images):
+        image.save(output_dir / name)
+    return names
+
+
+def write_adapter_card(args, pipe, repo_id, num_images, loss, pictures) -> None:
+    source = args.dataset_name or Path(args.train_data_dir).name
+    about = f", all with the caption *{args.instance_prompt}*" if args.instance_prompt else ""
+    training = (
+        f"`examples/train_lora.py`: rank {args.rank}, {args.max_train_steps:,} steps, {args.train_batch_size} images "
+        f"a process and micro-batch, learning rate {args.learning_rate:g}; loss at the end {loss:.3f}."
+    )
+    if pictures:
+        training += f"\n\n*{args.validation_prompt}*\n\n" + " ".join(f"![]({name})" for name in pictures)
+    card = model_card(
+        pipe,
+        repo_id,
+        ModelCardData(datasets=args.dataset_name if args.push_to_hub else None),
+        data=f"{num_images:,} images of `{source}`{about}.",
+        training=training,
+        base_model=args.pretrained_model_name_or_path,
+        prompt=args.instance_prompt or args.validation_prompt,
+    )
+    card.save(Path(args.output_dir) / "README.md")
+
+
+if __name__ == "__main__":
+    main(parse_args())

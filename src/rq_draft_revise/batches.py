@@ -1,0 +1,172 @@
+"""The batches of the second stage: codes and conditions, for ever, from wherever the codes come."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .code_cache import ReadCodes, encode
+from .data import (
+    CODES_COLUMN,
+    SkippedRows,
+    decode_value,
+    decoded_rows,
+    decoded_stream,
+    is_empty,
+    streamed_name,
+    streamed_rows,
+    to_pixel_values,
+    training_draws,
+    undecoded,
+)
+from .rqvae import RQVAEModel
+
+
+if TYPE_CHECKING:
+    import datasets
+    from accelerate import Accelerator
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one process, on its device.
+
+    Args:
+        codes (`torch.Tensor` of shape `(B, h, w, D)`, int64).
+        condition (`torch.Tensor` of shape `(B,)` or `(B, L)`, int64): Class labels or tokens; None without.
+        place (`tuple[int, int]`): Of a stream: epoch, and rows of it that this process has read; else None.
+    """
+
+    codes: torch.Tensor
+    condition: torch.Tensor | None
+    place: tuple[int, int] | None = None
+
+
+def stored_batches(
+    read_codes: ReadCodes,
+    conditions: torch.Tensor | None,
+    num_images: int,
+    start: int,
+    batch_size: int,
+    seed: int,
+    accelerator: "Accelerator",
+) -> Iterator[Batch]:
+    """Batches of codes that are stored, in the order of [`training_draws`].
+
+    Args:
+        read_codes: From [`codes_in_memory`] or [`codes_in_dataset`].
+        conditions (`torch.Tensor` of shape `(num_images,)` or `(num_images, L)`, *optional*).
+        start (`int`): Images that all processes together have read so far.
+    """
+    processes = accelerator.process_index, accelerator.num_processes
+    for rows, draws in training_draws(num_images, start, batch_size, *processes, seed):
+        codes = read_codes(rows, draws[:, 0]).to(accelerator.device)
+        condition = None if conditions is None else conditions[rows].to(accelerator.device).long()
+        yield Batch(codes, condition)
+
+
+def image_batches(
+    dataset: "datasets.Dataset",
+    conditions: torch.Tensor | None,
+    vae: RQVAEModel,
+    image_column: str,
+    resolution: int,
+    start: int,
+    batch_size: int,
+    seed: int,
+    accelerator: "Accelerator",
+    random_flip: bool = False,
+    random_crop: bool = False,
+    tau: float = 0.0,
+    num_workers: int = 0,
+    skipped: SkippedRows | None = None,
+) -> Iterator[Batch]:
+    """Batches that are decoded and encoded as they are needed, in the order of [`training_draws`].
+
+    Where an image cannot be read, the next one that can stands in, with its own condition.
+    """
+
+    def draws():
+        processes = accelerator.process_index, accelerator.num_processes
+        return training_draws(len(dataset), start, batch_size, *processes, seed)
+
+    keys = ([key_of(row, u, random_flip, random_crop) for row, u in zip(rows.tolist(), us)] for rows, us in draws())
+    decoded = decoded_rows(dataset, keys, image_column, resolution, accelerator.device, num_workers, skipped)
+    for (images, rows), (_, us) in zip(decoded, draws()):
+        codes = encode(vae, to_pixel_values(images), tau, seed=int(us[0, 0] * 2**53))
+        condition = None if conditions is None else conditions[rows].to(accelerator.device).long()
+        yield Batch(codes, condition)
+
+
+def key_of(row: int, u, random_flip: bool, random_crop: bool) -> tuple:
+    """A key of [`DecodedImages`] from a row and its three numbers of [`training_draws`]."""
+    flip = bool(u[0] < 0.5) if random_flip else False
+    return (row, flip, float(u[1]), float(u[2])) if random_crop else (row, flip)
+
+
+def streamed_batches(
+    dataset: "datasets.IterableDataset",
+    condition_column: str | None,
+    encode_conditions: Callable[[list], torch.Tensor] | None,
+    vae: RQVAEModel,
+    image_column: str,
+    resolution: int,
+    start: tuple[int, int],
+    batch_size: int,
+    seed: int,
+    accelerator: "Accelerator",
+    random_flip: bool = False,
+    random_crop: bool = False,
+    tau: float = 0.0,
+    num_workers: int = 0,
+    buffer_size: int = 1000,
+    skipped: SkippedRows | None = None,
+) -> Iterator[Batch]:
+    """Batches of a streamed data set, of images or of codes, in the order of [`streamed_rows`].
+
+    Rows without a condition and images that cannot be read are left out.
+
+    Args:
+        encode_conditions: From the values of `condition_column` to a tensor `(B,)` or `(B, L)`.
+        start (`tuple[int, int]`): The place of the last batch before.
+        num_workers (`int`, defaults to 0): Threads that decode ahead.
+    """
+    skipped = SkippedRows() if skipped is None else skipped
+    is_encoded = CODES_COLUMN in (dataset.column_names or ())
+    if not is_encoded:
+        dataset = undecoded(dataset, image_column)
+
+    def decode(row: dict[str, Any], place: tuple[int, int]) -> torch.Tensor:
+        u = np.random.default_rng([seed, accelerator.process_index, *place]).random(3)
+        if is_encoded:
+            views = np.asarray(row[CODES_COLUMN], dtype=np.int64)  # (views, h, w, D)
+            return torch.from_numpy(views[int(u[0] * len(views))])
+        _, flip, *crop = key_of(0, u, random_flip, random_crop)
+        image = decode_value(row[image_column], resolution, tuple(crop) or None)
+        return image.flip(-1) if flip else image
+
+    def rows_with_condition():
+        processes = accelerator.process_index, accelerator.num_processes
+        for row, place in streamed_rows(dataset, seed, buffer_size, *processes, start):
+            if condition_column is not None and is_empty(row[condition_column]):
+                skipped.add(f"an empty {condition_column!r}", streamed_name(row, place))
+            else:
+                yield row, place
+
+    tensors, values = [], []
+    for row, tensor, place in decoded_stream(
+        rows_with_condition(), decode, num_workers, "an unreadable image", skipped
+    ):
+        tensors.append(tensor)
+        values.append(None if condition_column is None else row[condition_column])
+        if len(tensors) < batch_size:
+            continue
+        codes = torch.stack(tensors).to(accelerator.device)
+        if not is_encoded:
+            number = int(np.random.default_rng([seed, accelerator.process_index, *place, 1]).integers(2**62))
+            codes = encode(vae, to_pixel_values(codes), tau, seed=number)
+        condition = None
+        if condition_column is not None:
+            condition = encode_conditions(values).to(accelerator.device).long()
+        yield Batch(codes, condition, place)
+        tensors, values = [], []

@@ -1,0 +1,218 @@
+"""Command-line flags that the scripts of the second stage share, named as in diffusers' own training scripts."""
+
+import argparse
+
+
+class FlagHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Every flag's help ends with its default; the script's description stays as it is written."""
+
+    def _get_help_string(self, action):
+        # Where there is no default, the help says what happens without the flag.
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def add_data_flags(parser: argparse.ArgumentParser, image_column: str, source: str) -> argparse._ArgumentGroup:
+    """Where images come from; `source` says what is read without a source."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset_name",
+        help=f"Hub id, or a local folder that `datasets.load_dataset` reads: of parquet files, images "
+        f"or webdataset tars, or one that encode_dataset.py wrote. Default: {source}.",
+    )
+    group.add_argument("--dataset_config_name", help="Configuration of a data set that has several.")
+    group.add_argument(
+        "--train_data_dir", help="Folder of images: with a subfolder a class, or a metadata.jsonl of captions."
+    )
+    group.add_argument(
+        "--data_files",
+        nargs="+",
+        help="Files of the training split (parquet, csv, json, tar), patterns and addresses too.",
+    )
+    group.add_argument("--train_split", default="train", help="Also a part of a split: 'train[:90%%]'.")
+    group.add_argument("--image_column", default=image_column, help="Column of the images.")
+    group.add_argument("--resolution", type=int, help="Side of the images in pixels. Default: the RQ-VAE's.")
+    group.add_argument(
+        "--streaming",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Read while training, without preparing the data set first. Needs --max_train_steps; a "
+        "resumed run reads again what it had read of the epoch.",
+    )
+    group.add_argument(
+        "--shuffle_buffer_size",
+        type=int,
+        default=1000,
+        help="Rows among which a stream is shuffled, besides its files.",
+    )
+    group.add_argument(
+        "--filter_column",
+        help="Keep only rows whose number in this column is within the two bounds below: drops unwanted "
+        "samples, as the paper's supplement D.5 does. 'json.width' is a field of a column.",
+    )
+    group.add_argument("--filter_min", type=float, help="Keep rows with at least this.")
+    group.add_argument("--filter_max", type=float, help="Keep rows with at most this.")
+    group.add_argument(
+        "--dataloader_num_workers",
+        type=int,
+        default=0,
+        help="Processes (of a stream, threads) that decode images ahead. 0 decodes in between.",
+    )
+    return group
+
+
+def add_view_flags(group, random_flip: bool, random_crop: bool) -> None:
+    """How an image may look when it is encoded."""
+    group.add_argument(
+        "--random_flip",
+        action=argparse.BooleanOptionalAction,
+        default=random_flip,
+        help="Mirror half of the images, chosen anew each epoch (RQ-VAE authors: on ImageNet).",
+    )
+    group.add_argument(
+        "--random_crop",
+        action=argparse.BooleanOptionalAction,
+        default=random_crop,
+        help="A random square of the resized image instead of the center (RQ-VAE authors: on ImageNet).",
+    )
+    group.add_argument(
+        "--tau",
+        type=float,
+        default=0.0,
+        help="Draw codes from softmax(-distance^2 / tau) instead of taking the nearest. The authors' "
+        "RQ-Transformers were trained with 0.5.",
+    )
+    group.add_argument(
+        "--num_draws",
+        type=int,
+        default=1,
+        help="Views that a cache keeps of each image, with another crop and other codes each; with "
+        "--random_flip as many mirrored ones.",
+    )
+    group.add_argument("--encoding_batch_size", type=int, default=64, help="Images that a cache encodes at once.")
+
+
+def add_training_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    """Optimization and output. Help marked (paper) gives values of the paper's section on training details, (RQ-VAE
+    authors) those of their configuration files for what the paper leaves out."""
+    group = parser.add_argument_group("optimization")
+    group.add_argument(
+        "--train_batch_size",
+        type=int,
+        default=256,
+        help="Images per process and micro-batch. Total batch of the RQ-VAE authors: 2048, which is the "
+        "default on 8 devices; the paper does not say.",
+    )
+    group.add_argument(
+        "--gradient_accumulation_steps",
+        type=int,
+        default=1,
+        help="Micro-batches of a batch; the gradient is that of the large batch.",
+    )
+    group.add_argument("--num_train_epochs", type=int, default=300, help="Paper: 300.")
+    group.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides --num_train_epochs.")
+    group.add_argument("--max_train_seconds", type=float, help="Stop cleanly, at learning rate 0, after this long.")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="Of the first step. Paper: 1e-4.")
+    group.add_argument("--lr_scheduler", choices=["cosine", "constant"], default="cosine", help="Paper: cosine to 0.")
+    group.add_argument("--lr_warmup_steps", type=int, default=0, help="Linear. RQ-VAE authors: 0.")
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="Of AdamW. Paper: 0.9.")
+    group.add_argument("--adam_beta2", type=float, default=0.95, help="Of AdamW. Paper: 0.95.")
+    group.add_argument("--adam_weight_decay", type=float, default=1e-4, help="Of AdamW. Paper: 1e-4.")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="Of AdamW.")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="0 does not clip. RQ-VAE authors: 1.")
+    group.add_argument(
+        "--condition_dropout",
+        type=float,
+        help="Share of conditions replaced by the null condition, for guidance. Default: 0.1, or 0 for a "
+        "model without a null condition. Not published.",
+    )
+    group.add_argument(
+        "--stratified_masks",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Spread the mask ratios of a batch evenly over their distribution, which is the paper's "
+        "cos(pi r / 2). Paper: independent.",
+    )
+    group.add_argument(
+        "--ema_decay",
+        type=float,
+        default=0.9999,
+        help="Of the exported weights; 0 turns averaging off. Not published.",
+    )
+    group.add_argument(
+        "--max_nonfinite_steps",
+        type=int,
+        default=10,
+        help="Steps whose loss or gradient is not finite are left out; so many in a row end the run.",
+    )
+    group.add_argument(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="Default: as `accelerate config` has it. RQ-VAE authors: fp16.",
+    )
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="Compute the blocks again in the backward pass instead of keeping what is in them.",
+    )
+    group.add_argument("--compile", action="store_true", help="Compile the transformer's blocks (torch.compile).")
+    group.add_argument(
+        "--attention_backend",
+        help="As `set_attention_backend` takes it. On the CPU '_native_math' trains a third faster "
+        "than the default: stacks of D codes are too short for the blocked kernel.",
+    )
+    group.add_argument("--seed", type=int, default=0, help="Of all random numbers.")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", default=output_dir, help="Folder of the log, checkpoints and the pipeline.")
+    group.add_argument("--logging_steps", type=int, default=50, help="Steps between two lines of the log.")
+    group.add_argument(
+        "--validation_steps",
+        type=int,
+        default=1000,
+        help="Steps between two validations: losses and a grid of samples.",
+    )
+    group.add_argument("--max_validation_images", type=int, default=5000, help="Images of each validation split.")
+    group.add_argument("--num_validation_images", type=int, default=16, help="Images of a sample grid; 0: no grid.")
+    group.add_argument("--checkpointing_steps", type=int, default=1000, help="Steps between two checkpoints.")
+    group.add_argument("--checkpoints_total_limit", type=int, help="Keep the newest. Default: all.")
+    group.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' for the newest, if any.")
+    group.add_argument("--report_to", help="tensorboard, wandb, trackio, ... or all, besides train_log.jsonl.")
+    group.add_argument("--push_to_hub", action="store_true", help="Upload the pipeline and its log to the Hub.")
+    group.add_argument("--hub_model_id", help="Repository to push to. Default: the name of --output_dir.")
+    group.add_argument("--hub_token", help="Default: of `hf auth login`.")
+    group.add_argument("--hub_private_repo", action="store_true", help="Make a new repository private.")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse, with a `ValueError`, numbers out of range and sources that exclude each other."""
+    for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
+                 "logging_steps", "validation_steps", "max_validation_images", "checkpointing_steps",
+                 "checkpoints_total_limit", "encoding_batch_size", "num_draws", "shuffle_buffer_size",
+                 "max_nonfinite_steps", "rows_per_file"):  # fmt: skip
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    for name in ("dataloader_num_workers", "num_validation_images", "lr_warmup_steps", "learning_rate", "tau", "seed",
+                 "max_grad_norm", "adam_weight_decay"):  # fmt: skip
+        if getattr(args, name, None) is not None and not getattr(args, name) >= 0:
+            raise ValueError(f"--{name} must not be negative, got {getattr(args, name)}.")
+    if getattr(args, "max_train_seconds", None) is not None and not args.max_train_seconds > 0:
+        raise ValueError(f"--max_train_seconds must be positive, got {args.max_train_seconds}.")
+    for name in ("ema_decay", "condition_dropout", "adam_beta1", "adam_beta2"):
+        if getattr(args, name, None) is not None and not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name} must lie in [0, 1), got {getattr(args, name)}.")
+    sources = [name for name in ("dataset_name", "train_data_dir") if getattr(args, name) is not None]
+    if len(sources) == 2 or (args.train_data_dir is not None and args.data_files is not None):
+        raise ValueError("Give only one of --dataset_name, --train_data_dir and --data_files (or the first and last).")
+    if args.filter_column is not None and args.filter_min is None and args.filter_max is None:
+        raise ValueError("--filter_column must come with --filter_min or --filter_max, got neither.")
+    if args.filter_column is None and (args.filter_min is not None or args.filter_max is not None):
+        raise ValueError("--filter_column must say what --filter_min and --filter_max are about, got None.")
+
+
+def tracked(args: argparse.Namespace) -> dict:
+    """The flags as trackers take them: numbers, texts and switches, no secrets."""
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if isinstance(value, (int, float, str)) and name != "hub_token"
+    }

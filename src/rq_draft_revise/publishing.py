@@ -1,0 +1,125 @@
+"""What publishing on the Hub and loading from it needs beyond diffusers: a filled-in card, and our module paths."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from huggingface_hub import CommitInfo, ModelCard, create_repo
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+from .model_card import linked_files, model_card, moved_card, only_variant
+
+
+PACKAGE = __name__.rpartition(".")[0]
+# Those that `model_index.json` names; an export with its own code (examples/export_for_hub.py) leaves PACKAGE out.
+COMPONENT_MODULES = ("contextual_rq_transformer", "rq_transformer", "rqvae", "scheduling_draft_and_revise")
+
+# diffusers' card of a repository that has none, by a sentence of it.
+EMPTY_CARD = "This model card has been automatically generated."
+
+
+class ModelCardMixin:
+    """Pushes with a filled-in card. For models and pipelines, before the diffusers class."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        model_card: ModelCard | None = None,
+    ) -> CommitInfo:
+        """As in diffusers, with a card.
+
+        Args:
+            repo_id (`str`): `"user/name"`; created if it does not exist.
+            commit_message (`str`, *optional*), private (`bool`, *optional*), token (`str`, *optional*), create_pr
+                (`bool`), safe_serialization (`bool`), variant (`str`, *optional*), subfolder (`str`, *optional*): As
+                in diffusers.
+            model_card (`huggingface_hub.ModelCard`, *optional*): The README.md, for example of
+                [`rq_draft_revise.model_card.model_card`]. Without one: the card that the repository already has, else
+                that of the folder which this was loaded from (with the files it links to), else one of what is known
+                here. A push into a `subfolder` writes none.
+
+        Returns:
+            `huggingface_hub.CommitInfo`, a string: the address of the commit.
+        """
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            if model_card is not None:
+                model_card.save(Path(folder) / "README.md")
+            return self._upload_folder(
+                folder,
+                repo_id,
+                token=token,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                subfolder=subfolder,
+            )
+
+    def _upload_folder(self, working_dir, repo_id: str, token=None, subfolder: str | None = None, **kwargs):
+        """As in diffusers, whose `save_pretrained(push_to_hub=True)` comes here with its own card in the folder."""
+        readme = Path(working_dir) / "README.md"
+        if not subfolder and (not readme.is_file() or EMPTY_CARD in readme.read_text(encoding="utf-8")):
+            write_card(self, working_dir, repo_id, token)
+        return super()._upload_folder(working_dir, repo_id, token=token, subfolder=subfolder, **kwargs)
+
+
+class HubPipelineMixin(ModelCardMixin):
+    """Also loads, from the Hub, components that are classes of this package. For pipelines."""
+
+    @classmethod
+    def download(cls, pretrained_model_name, **kwargs):
+        """As in diffusers, which before a download refuses a component's module unless it is one it loads from.
+
+        (From a folder it takes any that has been imported.)
+        """
+        for name in COMPONENT_MODULES:
+            LOADABLE_CLASSES.setdefault(f"{PACKAGE}.{name}", {})
+        return super().download(pretrained_model_name, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file, **kwargs):
+        """As in diffusers; of an export with its own code, the package's classes, so that none of that code is run."""
+        config = super()._dict_from_json_file(json_file, **kwargs)
+        if isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][1]
+        for name, value in config.items():
+            if isinstance(value, list) and len(value) == 2 and value[0] in COMPONENT_MODULES:
+                config[name] = [f"{PACKAGE}.{value[0]}", value[1]]
+        return config
+
+
+def write_card(component, folder: str | Path, repo_id: str, token: str | None = None) -> None:
+    """Write the README.md of [`ModelCardMixin.push_to_hub`] into `folder`, which is about to be uploaded."""
+    folder = Path(folder)
+    published = published_card(repo_id, token)
+    if published is not None:
+        published.save(folder / "README.md")
+        return
+    source = getattr(component.config, "_name_or_path", None)
+    if source and (Path(source) / "README.md").is_file():
+        source = Path(source).resolve()
+        text = (source / "README.md").read_text(encoding="utf-8")
+        for name in linked_files(text, source):
+            if not (folder / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, folder / name)
+        (folder / "README.md").write_text(moved_card(text, source.as_posix(), repo_id), encoding="utf-8")
+        return
+    model_card(component, repo_id, variant=only_variant(folder)).save(folder / "README.md")
+
+
+def published_card(repo_id: str, token: str | None = None) -> ModelCard | None:
+    """The card that a repository has, unless it is the empty one."""
+    try:
+        card = ModelCard.load(repo_id, token=token, ignore_metadata_errors=True)
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return None
+    return None if EMPTY_CARD in card.content else card

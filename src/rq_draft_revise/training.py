@@ -1,0 +1,441 @@
+"""Training of the second stage: the components that it starts from, the optimisation loop, and the export."""
+
+import inspect
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from .batches import Batch
+from .budget import Budget, learning_rate_at
+from .checkpoints import TrainingLog, load_checkpoint, save_checkpoint
+from .contextual_rq_transformer import ContextualRQTransformerModel
+from .data import SkippedRows
+from .divergence import NonFiniteGuard
+from .interruption import StopSignal
+from .masks import random_mask
+from .model_card import model_card
+from .rq_transformer import RQTransformerModel
+from .rqvae import RQVAEModel
+from .validation import ValidationSet, autoregressive_loss, sample_images, save_grid, validation_loss
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import DiffusionPipeline
+
+
+# What `--model` may be.
+MODELS = {"contextual": ContextualRQTransformerModel, "autoregressive": RQTransformerModel}
+
+
+# -------------------------------------------------------------------------------------------------------- components
+
+
+def has_file(pipeline: str, subfolder: str, pattern: str) -> bool:
+    """Whether a pipeline's component has such a file; a Hub id is taken to be a complete pipeline."""
+    return not Path(pipeline).is_dir() or any((Path(pipeline) / subfolder).glob(pattern))
+
+
+def load_vae(pipeline: str, vae: str | None) -> RQVAEModel:
+    """The RQ-VAE from `vae`, by default the pipeline's.
+
+    Raises:
+        `ValueError`: it has no weights.
+    """
+    if vae is not None:
+        return RQVAEModel.from_pretrained(vae)
+    if has_file(pipeline, "vae", "*.safetensors"):
+        return RQVAEModel.from_pretrained(pipeline, subfolder="vae")
+    raise ValueError(
+        f"--vae must name a trained RQ-VAE, because {pipeline}/vae has no weights. examples/train_rqvae.py trains one "
+        f"(--vae_config {pipeline}/vae), conversion_scripts/ convert published ones."
+    )
+
+
+def load_transformer(model: str, pipeline: str, transformer_config: str | None):
+    """The transformer of kind `model`: fresh from `transformer_config`, or the pipeline's, fresh if it has no weights.
+
+    Raises:
+        `ValueError`: the configuration is of the other kind.
+    """
+    kind = MODELS[model]
+    subfolder = {} if transformer_config is not None else {"subfolder": "transformer"}
+    config = kind.load_config(transformer_config or pipeline, **subfolder)
+    if config.get("_class_name", kind.__name__) != kind.__name__:
+        raise ValueError(
+            f"--model {model} is a {kind.__name__}, but {transformer_config or f'{pipeline}/transformer'} is the "
+            f"configuration of a {config['_class_name']}."
+        )
+    if transformer_config is None and has_file(pipeline, "transformer", "*.safetensors*"):
+        return kind.from_pretrained(pipeline, **subfolder)
+    return kind.from_config(config)
+
+
+def sampler_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of sampling in the configuration of an [`RQTransformerPipeline`]."""
+    return {name: config[name] for name in ("guidance_scale", "temperature", "top_k", "top_p") if name in config}
+
+
+def check_resolution(resolution: int, vae: RQVAEModel, transformer) -> None:
+    """Refuse, with a `ValueError`, a resolution whose code map is not the transformer's."""
+    config, scale = transformer.config, vae.spatial_scale_factor
+    covered = (config.height * scale, config.width * scale)
+    if covered != (resolution, resolution):
+        raise ValueError(
+            f"--resolution must be {covered[0]} for {config.height}x{config.width} codes of this RQ-VAE, "
+            f"got {resolution}."
+        )
+
+
+def check_condition_dropout(args, transformer) -> None:
+    """Set the default of `--condition_dropout`; refuse, with a `ValueError`, one that the transformer cannot have."""
+    if args.condition_dropout is None:
+        args.condition_dropout = 0.0 if transformer.null_condition_id is None else 0.1
+    if args.condition_dropout > 0 and transformer.null_condition_id is None:
+        raise ValueError(
+            f"--condition_dropout must be 0 for a transformer without a null condition, got {args.condition_dropout}."
+        )
+
+
+class AveragedWeights(EMAModel):
+    """Exponential moving average of weights that may be sharded: a checkpoint holds them whole.
+
+    With the warm-up the decay is min(decay, 1 - (1 + step)^(-2/3)): 0.9999 is only reached after a million steps, and
+    a short run exports more than its initialisation.
+    """
+
+    def __init__(self, parameters, decay: float):
+        super().__init__(parameters, decay=decay, use_ema_warmup=True, power=2 / 3, foreach=True)
+
+    def state_dict(self) -> dict:
+        """As of the base class; every process has to call it."""
+        state = super().state_dict()
+        state["shadow_params"] = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in self.shadow_params]
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As of the base class; each process keeps its shards."""
+        shards = self.shadow_params
+        super().load_state_dict(state_dict)
+        if any(hasattr(shard, "full_tensor") for shard in shards):
+            from torch.distributed.tensor import distribute_tensor
+
+            self.shadow_params = [
+                distribute_tensor(whole.to(shard.device), shard.device_mesh, shard.placements)
+                if hasattr(shard, "full_tensor")
+                else whole
+                for whole, shard in zip(self.shadow_params, shards)
+            ]
+
+
+# -------------------------------------------------------------------------------------------------------------- loop
+
+
+def train(
+    args,
+    accelerator: "Accelerator",
+    pipeline: "DiffusionPipeline",
+    condition_name: str | None,
+    batches_from: Callable[[int, tuple[int, int]], Iterator[Batch]],
+    num_images: int | None,
+    validation_sets: dict[str, ValidationSet],
+    sample_condition: dict[str, list],
+    skipped: SkippedRows,
+) -> None:
+    """Train `pipeline.transformer` on codes and export the pipeline to `args.output_dir`.
+
+    The loss is the mean negative log-likelihood of the codes at masked positions (of all codes for the autoregressive
+    model), with text 0.9 of it and 0.1 of that of the next text token (`text_loss_weight`). All means are over the
+    global batch, however it is split into processes and micro-batches.
+
+    Args:
+        args: The flags of [`add_training_flags`]; they say what each is.
+        pipeline: With the transformer as initialised, equal in all processes, and the frozen RQ-VAE.
+        condition_name (`str`, *optional*): `"class_labels"` or `"input_ids"`, the transformer's argument.
+        batches_from: From the number of images that all processes have read, and the place of this process in a
+            stream, to this process's endless micro-batches after that.
+        num_images (`int`, *optional*): Training images, if known.
+        validation_sets: By name.
+        sample_condition: The pipeline's argument for the sample grid, see [`sample_images`].
+        skipped: Rows that the batches leave out.
+    """
+    transformer = pipeline.transformer
+    config, output_dir = transformer.config, Path(args.output_dir)
+    is_contextual = isinstance(transformer, ContextualRQTransformerModel)
+    num_positions = config.height * config.width
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if args.attention_backend is not None:
+        transformer.set_attention_backend(args.attention_backend)
+    if args.compile:
+        transformer.compile_repeated_blocks()
+
+    # 1. Optimizer. `model` is what trains: wrapped for several processes, autocast.
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.adam_weight_decay,
+        fused=True,
+    )
+    model, optimizer = accelerator.prepare(transformer.train(), optimizer)
+    parameters = list(model.parameters())
+    ema = None
+    if args.ema_decay > 0:
+        ema = AveragedWeights(parameters, args.ema_decay)
+        ema.to(accelerator.device)
+        accelerator.register_for_checkpointing(ema)
+    # From here on each process has a stream of its own, for the residual dropout. Masks, dropped conditions and the
+    # order of the images come from generators seeded by (seed, step) or (seed, epoch), whatever the processes.
+    set_seed(args.seed, device_specific=True)
+
+    # 2. Length of the run
+    total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    max_train_steps = args.max_train_steps
+    if max_train_steps is None:
+        if num_images is None:
+            raise ValueError("--max_train_steps must be given where the number of images is not known: a stream.")
+        max_train_steps = math.ceil(args.num_train_epochs * num_images / total_batch_size)
+    progress = {"step": 0, "images": 0, "epoch": 0, "seconds": 0.0, "skipped_steps": 0, "places": None}
+    if args.resume_from_checkpoint is not None:
+        progress |= load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint, vars(args)) or {}
+    step, images_seen = progress["step"], progress["images"]
+    place = (0, 0) if progress["places"] is None else tuple(progress["places"][accelerator.process_index])
+    log = TrainingLog(accelerator, output_dir, step)
+    accelerator.print(
+        f"parameters: {sum(p.numel() for p in transformer.parameters()):,}\n"
+        f"images: {'unknown number of' if num_images is None else f'{num_images:,}'} training"
+        + "".join(f", {len(codes):,} {name}" for name, (codes, _) in validation_sets.items())
+        + f"; skipped rows: {skipped}\n"
+        f"codes: {config.height}x{config.width}x{config.code_depth} of {config.codebook_size:,}\n"
+        f"total batch: {total_batch_size:,} = {args.train_batch_size} x {accelerator.num_processes} processes x "
+        f"{args.gradient_accumulation_steps} micro-batches (published models: 2,048)\n"
+        f"steps: {max_train_steps:,}"
+        + (f" ({max_train_steps * total_batch_size / num_images:.1f} epochs)" if num_images else "")
+        + (f" or {args.max_train_seconds:,.0f} seconds" if args.max_train_seconds else "")
+        + f", from step {step:,}",
+    )
+
+    # 3. What is done now and then
+    budget = Budget(accelerator, max_train_steps, args.max_train_seconds, progress["seconds"])
+
+    def entry_of(kind: str) -> dict[str, Any]:
+        return {"kind": kind, "step": step, "images": images_seen, "seconds": round(budget.elapsed(), 2)}
+
+    def validate():
+        """The losses, and a grid of samples, of the weights that would be exported."""
+        transformer.eval()
+        if ema is not None:
+            ema.store(parameters)
+            ema.copy_to(parameters)
+        for name, validation_set in validation_sets.items():
+            arguments = (condition_name, validation_set, args.train_batch_size, accelerator)
+            if is_contextual:
+                losses = validation_loss(transformer, transformer.mask_token_id, *arguments)
+            else:
+                losses = autoregressive_loss(transformer, *arguments)
+            log.write(
+                {**entry_of("validation"), "split": name, **losses},
+                f"  validation at step {step} on {name}: {losses_line(losses)}",
+            )
+        if args.num_validation_images:
+            images = sample_images(pipeline, sample_condition, args.num_validation_images, accelerator)
+            if accelerator.is_main_process:
+                save_grid(images, output_dir / f"samples-{step:07d}.png")
+                for tracker in accelerator.trackers:
+                    if hasattr(tracker, "log_images"):
+                        tracker.log_images({"samples": images}, step=step)
+        if ema is not None:
+            ema.restore(parameters)
+        transformer.train()
+
+    def checkpoint():
+        epoch = images_seen // num_images if num_images else place[0]
+        places = None if batch.place is None else gathered(place, accelerator)
+        progress = {"step": step, "images": images_seen, "epoch": epoch, "seconds": budget.elapsed(),
+                    "skipped_steps": guard.num_skipped, "places": places}  # fmt: skip
+        save_checkpoint(accelerator, output_dir, progress, vars(args), args.checkpoints_total_limit)
+
+    # 4. Training
+    guard = NonFiniteGuard(accelerator, args.max_nonfinite_steps)
+    guard.num_skipped = progress["skipped_steps"]
+    # A batch comes in so many parts. Their gradients are averaged: accelerate divides each loss by the number of
+    # micro-batches, and DistributedDataParallel the gradients by the number of processes.
+    num_parts = accelerator.num_processes * args.gradient_accumulation_steps
+    batches = batches_from(images_seen, place)
+    generator = torch.Generator()
+    sums, window_steps, window_started = defaultdict(float), 0, time.monotonic()
+    session_started, fraction_before = time.monotonic(), budget.fraction_used(step)
+    bar = tqdm(total=max_train_steps, initial=step, unit="step", disable=None if accelerator.is_main_process else True,
+               bar_format="{desc}{n_fmt}/{total_fmt} steps {postfix}")  # fmt: skip
+    interrupted = False
+    with StopSignal(accelerator) as stop:
+        while (fraction := budget.fraction_used(step)) < 1:
+            learning_rate = learning_rate_at(
+                step, fraction, args.learning_rate, args.lr_scheduler, args.lr_warmup_steps
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+
+            # Every process draws the masks of the whole batch and takes its rows. So the batch is stratified as a
+            # whole, the number of masked codes is known without asking the others, and the draws do not depend on the
+            # split.
+            generator.manual_seed(args.seed * 1_000_003 + step)
+            if is_contextual:
+                masks = random_mask(total_batch_size, num_positions, generator, args.stratified_masks)
+            else:
+                masks = torch.ones(total_batch_size, num_positions, dtype=torch.bool)
+            dropped = torch.rand(total_batch_size, generator=generator) < args.condition_dropout
+            num_masked, num_texts = masks.sum().item(), max(1, (~dropped).sum().item())
+
+            losses = defaultdict(float)
+            for micro_batch in range(args.gradient_accumulation_steps):
+                first = (micro_batch * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
+                rows = slice(first, first + args.train_batch_size)
+                batch = next(batches)
+                inputs = {"labels": batch.codes}
+                if is_contextual:
+                    mask = masks[rows].to(accelerator.device).view(-1, config.height, config.width, 1)
+                    inputs["codes"] = batch.codes.masked_fill(mask, transformer.mask_token_id)
+                if condition_name is not None:
+                    inputs[condition_name] = batch.condition
+                    if args.condition_dropout > 0:
+                        drop = dropped[rows].to(accelerator.device).view(-1, *[1] * (batch.condition.ndim - 1))
+                        inputs[condition_name] = batch.condition.masked_fill(drop, transformer.null_condition_id)
+                with accelerator.accumulate(model):
+                    out = model(**inputs)
+                    # Averaging the means of the parts as they are would favour the codes in parts that have few. (The
+                    # counts are on the host: no waiting for the device.)
+                    loss = image_loss = out.image_loss * (masks[rows].sum().item() / num_masked * num_parts)
+                    parts = {"image_loss": image_loss}
+                    if out.text_loss is not None:
+                        text_loss = out.text_loss * ((~dropped[rows]).sum().item() / num_texts * num_parts)
+                        loss = (1 - config.text_loss_weight) * image_loss + config.text_loss_weight * text_loss
+                        parts["text_loss"] = text_loss
+                    accelerator.backward(loss)
+                for name, value in {"loss": loss, **parts}.items():
+                    losses[name] += value.detach() / args.gradient_accumulation_steps
+            place = batch.place or place
+
+            grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+            if guard.accepts(losses["loss"], grad_norm):
+                optimizer.step()
+                if ema is not None:
+                    ema.step(parameters)
+                for name, value in {**losses, "grad_norm": grad_norm}.items():
+                    sums[name] += value.full_tensor() if hasattr(value, "full_tensor") else value
+                window_steps += 1
+            optimizer.zero_grad()
+            step += 1
+            images_seen += total_batch_size
+
+            if step % args.logging_steps == 0:
+                means = {name: accelerator.reduce(value / window_steps, "mean").item() for name, value in sums.items()}
+                seconds = time.monotonic() - window_started
+                rate = args.logging_steps * total_batch_size / seconds
+                used = budget.fraction_used(step) - fraction_before
+                left = (time.monotonic() - session_started) * (1 - fraction_before - used) / max(used, 1e-9)
+                bar.update(step - bar.n)
+                bar.set_postfix_str(f"{rate:.1f} images/s, {duration(left)} left")
+                entry = {**entry_of("train"), "images_per_second": round(rate, 2), "learning_rate": learning_rate,
+                         "skipped_steps": guard.num_skipped, **means}  # fmt: skip
+                log.write(
+                    entry,
+                    f"step {step}/{max_train_steps} images {images_seen:,} {rate:.1f}/s, {duration(left)} left, lr "
+                    f"{learning_rate:.2e} {losses_line(means)}",
+                )
+                sums, window_steps, window_started = defaultdict(float), 0, time.monotonic()
+
+            pause_started = time.monotonic()
+            if step % args.validation_steps == 0:
+                validate()
+            interrupted = stop.requested()
+            if step % args.checkpointing_steps == 0 or interrupted:
+                checkpoint()
+            window_started += time.monotonic() - pause_started  # images/s is the speed of training alone
+            if interrupted:
+                break
+    bar.close()
+    batches.close()
+
+    # 5. Export
+    if interrupted:
+        accelerator.print(f"Stopped by a signal at step {step:,}; --resume_from_checkpoint latest goes on from there.")
+    else:
+        if step % args.validation_steps != 0:
+            validate()
+        training = (
+            f"{step:,} steps of {total_batch_size:,} images ({images_seen:,} in all), AdamW, learning rate "
+            f"{args.learning_rate:g} ({args.lr_scheduler}), weights averaged with decay {args.ema_decay:g}; "
+            "`train_log.jsonl` has the curves."
+        )
+        export(accelerator, model, ema, pipeline, args, training)
+        seconds = budget.elapsed()
+        accelerator.print(
+            f"Saved to {output_dir} after {step:,} steps, {images_seen:,} images, {seconds:,.0f} seconds; "
+            f"skipped rows: {skipped}; skipped steps: {guard.num_skipped:,}."
+        )
+    log.close()
+    accelerator.wait_for_everyone()
+
+
+def losses_line(losses: dict[str, Any]) -> str:
+    """Losses for a person to read."""
+    return " ".join(
+        f"{name} " + (" ".join("-" if v is None else f"{v:.3f}" for v in value) if isinstance(value, list) else
+                      f"{value:.4f}")
+        for name, value in losses.items()
+    )  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """`[days, ]h:mm:ss`; a question mark where there is nothing to go by."""
+    return str(timedelta(seconds=round(seconds))) if seconds < 1e8 else "?"
+
+
+def gathered(place: tuple[int, int], accelerator: "Accelerator") -> list[list[int]]:
+    """The places of all processes."""
+    return accelerator.gather(torch.tensor([place], device=accelerator.device)).tolist()
+
+
+def export(
+    accelerator: "Accelerator", model, ema: EMAModel | None, pipeline: "DiffusionPipeline", args, training: str
+):
+    """Write the pipeline with whole weights, the averaged ones if there are, and its card. Every process calls it."""
+    if ema is not None:
+        ema.copy_to(model.parameters())
+    weights = accelerator.get_state_dict(model)  # gathers what is sharded
+    if accelerator.is_main_process:
+        kind = type(pipeline.transformer)
+        with torch.device("meta"):
+            transformer = kind.from_config(pipeline.transformer.config)
+        transformer.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()}, assign=True)
+        accepted = inspect.signature(type(pipeline).__init__).parameters
+        settings = {name: value for name, value in pipeline.config.items() if name in accepted}
+        components = {**settings, **pipeline.components, "vae": pipeline.vae.cpu(), "transformer": transformer.eval()}
+        exported = type(pipeline)(**components)
+        exported.save_pretrained(args.output_dir)
+        source = args.dataset_name or args.train_data_dir or ", ".join(args.data_files)
+        filtering = None
+        if args.filter_column is not None:
+            bounds = [bound for bound in (args.filter_min, args.filter_max) if bound is not None]
+            filtering = f"only rows whose `{args.filter_column}` is within the bounds {bounds}."
+        card = model_card(
+            exported,
+            args.hub_model_id or str(args.output_dir),
+            data=f"`{source}`, split `{args.train_split}`.",
+            data_filtering=filtering,
+            training=training,
+        )
+        card.save(Path(args.output_dir) / "README.md")
+    accelerator.wait_for_everyone()

@@ -1,0 +1,563 @@
+"""examples/evaluate.py and what feeds it: every image once, the same however made, and compared with its like."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import compute_statistics
+import datasets
+import numpy as np
+import pytest
+import torch
+import train_classifier
+from accelerate.state import AcceleratorState, GradientState
+from components import NUM_CLASSES, tiny_pipeline, tiny_rq_pipeline
+from emoji_evaluation import SceneClassifier
+from PIL import Image
+from safetensors.torch import save_file
+
+from rq_draft_revise import DraftAndRevisePipeline, RQVAEModel
+from rq_draft_revise.features import ImageClassifierModel, load_feature_network
+from rq_draft_revise.metrics import (
+    ReferenceStatistics,
+    frechet_distance,
+    inception_score,
+    moments,
+    precision_and_recall,
+    psnr,
+)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_IMAGES = 4 * NUM_CLASSES
+
+
+def load_script(path: Path):
+    """By its path: `import evaluate` may mean the library of that name."""
+    spec = importlib.util.spec_from_file_location("evaluate_script", path)
+    script = sys.modules["evaluate_script"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+script = load_script(ROOT / "examples" / "evaluate.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process_on_the_cpu(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        cache = str(tmp_path_factory.mktemp("cache"))
+        patch.setenv("HF_DATASETS_CACHE", cache)  # for processes that the tests start
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_trace():
+    """accelerate's state is one a process, and training seeds the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def tiny_classifier(size: int) -> ImageClassifierModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = ImageClassifierModel(5, size, block_channels=(8, 16), layers_per_block=1)
+        for parameter in classifier.parameters():  # at initialization all its answers are alike
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    return classifier.eval()
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory) -> Path:
+    """Pipelines `class`, `text`, `none`, `rq`; a `classifier` of 8×8 pixels; `train.parquet`, its `reference.npz`."""
+    folder = tmp_path_factory.mktemp("problem")
+    tiny_pipeline("class").save_pretrained(folder / "class")
+    tiny_pipeline("text").save_pretrained(folder / "text")
+    tiny_pipeline(None).save_pretrained(folder / "none")
+    tiny_rq_pipeline("class").save_pretrained(folder / "rq")
+    tiny_classifier(8).save_pretrained(folder / "classifier")
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    (folder / "captions.txt").write_text("a cat at dusk\nan owl\n\nthe volcano in the snow\na rocket at night\n")
+
+    random = np.random.default_rng(0)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])})
+    labels = [i % 2 for i in range(30)]
+    images = [Image.fromarray(random.integers(0, 110, (10, 9, 3), dtype=np.uint8) + 145 * np.uint8(i)) for i in labels]
+    datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(
+        folder / "train.parquet"
+    )
+    run_statistics(folder, folder / "reference.npz")
+    return folder
+
+
+def command_line(flags: dict) -> list[str]:
+    arguments = []
+    for name, value in flags.items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif value is not None and value is not False:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
+
+
+def run_statistics(problem: Path, output: Path, **flags) -> ReferenceStatistics:
+    defaults = dict(data_files=problem / "train.parquet", resolution=8, features=problem / "classifier", output=output)
+    compute_statistics.main(compute_statistics.parse_args(command_line({**defaults, "batch_size": 7, **flags})))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return ReferenceStatistics.load(output)
+
+
+def evaluation_flags(problem: Path, output_dir: Path, **flags) -> list[str]:
+    defaults = dict(
+        pipeline=problem / "class",
+        num_images=NUM_IMAGES,
+        batch_size=6,  # divides nothing: the last batch is smaller
+        features=problem / "classifier",
+        reference=problem / "reference.npz",
+        allow_few_samples=True,
+        output_dir=output_dir,
+    )
+    return command_line({**defaults, **flags})
+
+
+def evaluate(problem: Path, output_dir: Path, **flags) -> dict:
+    script.main(script.parse_args(evaluation_flags(problem, output_dir, **flags)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return json.loads((output_dir / "results.json").read_text())
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[int]:
+    """The indices of the images that were sampled, in order."""
+    indices, make = [], script.Sampling.make
+
+    def make_and_note(self, wanted):
+        indices.extend(wanted)
+        return make(self, wanted)
+
+    monkeypatch.setattr(script.Sampling, "make", make_and_note)
+    return indices
+
+
+def saved_images(output_dir: Path) -> torch.Tensor:
+    paths = sorted((output_dir / "images").glob("*.png"))
+    return torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in paths])
+
+
+# -------------------------------------------------------------------------------------------------- what is an image
+
+
+def test_image_i_is_what_the_pipeline_draws_from_its_class_and_seed_alone(problem, tmp_path):
+    evaluate(problem, tmp_path, save_images=True, seed=7)
+    images = saved_images(tmp_path)
+    assert len(images) == NUM_IMAGES
+    pipe = DraftAndRevisePipeline.from_pretrained(problem / "class")
+    for index in (0, 8, 19):
+        generator = torch.Generator().manual_seed(script.image_seed(7, index))
+        alone = pipe(class_labels=index % NUM_CLASSES, generator=generator, output_type="pt").images
+        assert torch.equal((255 * alone).round().to(torch.uint8)[0], images[index])
+
+
+def test_the_batch_size_changes_no_image(problem, tmp_path):
+    one = evaluate(problem, tmp_path / "6")
+    other = evaluate(problem, tmp_path / "20", batch_size=20)
+    assert one["drawn"]["images_sha256"] == other["drawn"]["images_sha256"]
+    assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-4)
+    another = evaluate(problem, tmp_path / "seed", seed=1)
+    assert one["drawn"]["images_sha256"] != another["drawn"]["images_sha256"]
+    assert one["drawn"]["num_distinct_images"] == NUM_IMAGES
+
+
+def test_runs_of_different_seeds_share_no_generator():
+    seeds = {script.image_seed(seed, index) for seed in range(20) for index in range(200)}
+    assert len(seeds) == 20 * 200 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_every_class_comes_exactly_as_often(problem, tmp_path):
+    drawn = evaluate(problem, tmp_path, metrics=["fid"])["drawn"]
+    assert (drawn["condition"], drawn["num_conditions"], drawn["images_per_condition"]) == ("class_labels", 5, 4)
+    with pytest.raises(ValueError, match="--num_images must be a multiple of the 5 classes.*got 21"):
+        evaluate(problem, tmp_path / "21", num_images=21)
+
+
+def test_captions_come_from_a_file_or_a_data_set(problem, tmp_path):
+    flags = dict(pipeline=problem / "text", metrics=[], save_images=True)
+    captions = [line for line in (problem / "captions.txt").read_text().splitlines() if line]
+    datasets.Dataset.from_dict({"text": captions}).to_parquet(tmp_path / "captions.parquet")
+    by_file = evaluate(problem, tmp_path / "file", captions=problem / "captions.txt", num_images=None, **flags)
+    by_rows = evaluate(problem, tmp_path / "rows", data_files=tmp_path / "captions.parquet", num_images=None, **flags)
+    assert by_file["drawn"] == by_rows["drawn"] and by_file["drawn"]["num_images"] == 4
+    fewer = evaluate(problem, tmp_path / "fewer", captions=problem / "captions.txt", num_images=3, **flags)
+    twice = evaluate(problem, tmp_path / "twice", captions=problem / "captions.txt", num_images=8, **flags)
+    assert fewer["drawn"]["images_per_condition"] == 1 and twice["drawn"]["images_per_condition"] == 2
+    assert torch.equal(saved_images(tmp_path / "fewer"), saved_images(tmp_path / "twice")[:3])
+    with pytest.raises(ValueError, match="--num_images must be a multiple of the 4 captions.*got 6"):
+        evaluate(problem, tmp_path / "six", captions=problem / "captions.txt", num_images=6, **flags)
+    with pytest.raises(ValueError, match="give them by --captions"):
+        evaluate(problem, tmp_path / "nothing", **flags)
+
+
+@pytest.mark.parametrize("pipeline", ["none", "rq"])
+def test_any_pipeline_of_the_package_is_evaluated(pipeline, problem, tmp_path):
+    flags = dict(top_k=[9, 8, 7], temperature=0.9) if pipeline == "rq" else dict(num_revisions=0)
+    drawn = evaluate(problem, tmp_path, pipeline=problem / pipeline, **flags)["drawn"]
+    if pipeline == "rq":
+        expected = {"guidance_scale": 1.0, "temperature": 0.9, "top_k": [9, 8, 7], "top_p": None}
+        assert drawn["sampler"] == expected and drawn["pipeline_class"] == "RQTransformerPipeline"
+        with pytest.raises(ValueError, match="--num_revisions is no argument of RQTransformerPipeline"):
+            evaluate(problem, tmp_path / "no", pipeline=problem / "rq", num_revisions=1)
+    else:
+        assert drawn["condition"] is None and drawn["sampler"]["num_revisions"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- scores
+
+
+def test_the_scores_are_those_of_the_saved_images(problem, tmp_path):
+    results = evaluate(problem, tmp_path, save_images=True)
+    network = load_feature_network(str(problem / "classifier"))
+    output = network(saved_images(tmp_path))
+    reference = ReferenceStatistics.load(problem / "reference.npz")
+    mean, std = inception_score(output.logits)
+    expected = {
+        "fid": frechet_distance(reference.mean, reference.covariance, *moments(output.features)),
+        "inception_score": mean,
+        "inception_score_std": std,
+        **precision_and_recall(reference.features, output.features),
+    }
+    assert results["metrics"] == pytest.approx(expected, rel=1e-4)
+    assert results["metrics"]["fid"] > 1e-3
+
+
+def test_the_results_say_what_the_figures_depend_on(problem, tmp_path):
+    results = evaluate(problem, tmp_path, guidance_scale=1.5)
+    sampler = results["drawn"]["sampler"]
+    assert set(sampler) == set(script.SAMPLER_ARGUMENTS)
+    assert sampler["guidance_scale"] == 1.5 and sampler["num_inference_steps"] == 4  # given; the pipeline's own
+    assert set(results["drawn"]["weights_sha256"]) == {"vae", "transformer"}
+    assert results["drawn"]["seed"] == 0 and results["drawn"]["dtype"] == "float32"
+    assert results["scored"]["protocol"] == "torch-fidelity"
+    assert results["scored"]["network_sha256"] == results["scored"]["reference"]["network_sha256"]
+    assert {"torch", "diffusers", "rq_draft_revise", "python"} <= set(results["versions"])
+    assert results["hardware"][0]["device"] == "cpu" and results["num_processes"] == [1]
+    assert results["seconds"]["sampling"] > 0 and results["seconds"]["timed_images"] == NUM_IMAGES
+    assert results["arguments"]["guidance_scale"] == 1.5
+
+
+def test_reconstructions_are_scored_beside_their_originals(problem, tmp_path):
+    flags = dict(
+        reconstruct=True, data_files=problem / "train.parquet", split="train", num_images=None, reference=None
+    )
+    results = evaluate(problem, tmp_path, metrics=["rfid", "psnr"], save_images=True, **flags)
+    args = script.parse_args(evaluation_flags(problem, tmp_path, **flags))
+    work = script.Reconstruction(args, "cpu")
+    originals, vae = work.read(range(30)), RQVAEModel.from_pretrained(problem / "class", subfolder="vae")
+    with torch.no_grad():
+        sample = vae.decode(vae.encode(originals / 127.5 - 1).codes).sample
+    expected = (255 * (sample / 2 + 0.5).clamp(0, 1)).round().to(torch.uint8)
+    assert (saved_images(tmp_path).int() - expected.int()).abs().max() <= 1
+    assert results["metrics"]["psnr"] == pytest.approx(psnr(expected, originals).mean().item(), rel=1e-3)
+    network = load_feature_network(str(problem / "classifier"))
+    rfid = frechet_distance(*moments(network(originals).features), *moments(network(expected).features))
+    assert results["metrics"]["rfid"] == pytest.approx(rfid, rel=1e-2)
+    other = dict(flags, split="train[:20]")
+    with pytest.raises(ValueError, match="another run: its num_images"):
+        evaluate(problem, tmp_path, metrics=["psnr"], **other)
+    with pytest.raises(ValueError, match="another run: its originals"):
+        evaluate(problem, tmp_path, metrics=["psnr"], **dict(other, split="train", image_column="image", num_images=30,
+                 data_files=[problem / "train.parquet", problem / "train.parquet"]))  # fmt: skip
+    with pytest.raises(ValueError, match="--metrics ssim needs images of at least 11 pixels, got 8"):
+        evaluate(problem, tmp_path / "ssim", metrics=["ssim"], **flags)
+
+
+def test_the_emoji_classifier_is_named_by_a_flag(problem, tmp_path):
+    record = {"objects": ["cat", "owl"], "backdrops": ["sea", "snow", "dusk"]}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = SceneClassifier(2, 3, width=32)
+    save_file(classifier.state_dict(), tmp_path / "emoji.safetensors", {"record": json.dumps(record)})
+    emoji = f"emoji:{tmp_path / 'emoji.safetensors'}"
+    statistics = run_statistics(problem, tmp_path / "statistics.npz", features=emoji)
+    assert statistics.network == "emoji-classifier" and statistics.mean.shape == (128,)
+    flags = dict(features=emoji, reference=tmp_path / "statistics.npz", metrics=["fid"])
+    assert evaluate(problem, tmp_path / "run", **flags)["metrics"]["fid"] > 0
+    (tmp_path / "text.safetensors").write_text("no weights")
+    with pytest.raises(ValueError, match="--features must name a classifier of emoji scenes"):
+        evaluate(problem, tmp_path / "text", features=f"emoji:{tmp_path / 'text.safetensors'}")
+
+
+# --------------------------------------------------------------------------------------------------- kill and resume
+
+
+@pytest.mark.parametrize("save", [False, True])
+def test_a_killed_run_goes_on_and_makes_no_image_twice(problem, tmp_path, made, monkeypatch, save):
+    whole = evaluate(problem, tmp_path / "whole")
+    made.clear()
+    measure, calls = script.measure, []
+
+    def killed_in_the_third_batch(*arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(script, "measure", killed_in_the_third_batch)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(problem, tmp_path / "killed", save_images=save)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert made == list(range(18)) and not (tmp_path / "killed" / "results.json").exists()
+
+    # The third batch was sampled and not measured: its images are made again only if they were not kept.
+    resumed = evaluate(problem, tmp_path / "killed", save_images=save)
+    assert made[18:] == (list(range(18, 20)) if save else list(range(12, 20)))
+    assert resumed["metrics"] == whole["metrics"]
+    assert resumed["drawn"] == whole["drawn"]
+
+    made.clear()
+    assert evaluate(problem, tmp_path / "killed", save_images=save)["metrics"] == whole["metrics"]
+    assert made == [] and resumed["seconds"]["images_made_in_this_run"] == (2 if save else 8)
+
+
+def test_saved_images_are_scored_anew_without_sampling(problem, tmp_path, made):
+    first = evaluate(problem, tmp_path, save_images=True, metrics=[])
+    made.clear()
+    second = evaluate(problem, tmp_path)
+    assert made == [] and "fid" in second["metrics"] and first["metrics"] == {}
+    assert first["drawn"] == second["drawn"]
+
+
+@pytest.mark.parametrize("flags", [dict(seed=1), dict(num_revisions=0), dict(batch_size=5), dict(pipeline="rq")])
+def test_the_folder_of_another_run_is_refused(problem, tmp_path, made, flags):
+    evaluate(problem, tmp_path)
+    made.clear()
+    before = (tmp_path / "results.json").read_text()
+    if "pipeline" in flags:
+        flags = dict(pipeline=problem / flags["pipeline"])
+    with pytest.raises(ValueError, match="holds images of another run"):
+        evaluate(problem, tmp_path, **flags)
+    assert made == [] and (tmp_path / "results.json").read_text() == before
+
+
+def test_a_damaged_batch_is_one_clear_error_and_can_be_made_again(problem, tmp_path):
+    whole = evaluate(problem, tmp_path)
+    (path,) = tmp_path.glob("batches-*/000001.safetensors")
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(RuntimeError, match="000001.safetensors is damaged.*delete it"):
+        evaluate(problem, tmp_path)
+    path.unlink()
+    assert evaluate(problem, tmp_path)["metrics"] == whole["metrics"]
+
+
+# --------------------------------------------------------------------------------------------- refused before sampling
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(allow_few_samples=False), "at least 10,000.*--allow_few_samples"),
+        (dict(protocol="adm"), "protocol 'torch-fidelity'.*'adm'"),
+        (dict(reference=None), "--reference must be given"),
+        (dict(reference="nowhere.npz"), "`reference` must be an npz"),
+        (dict(features="other"), "other weights"),
+        (dict(features="larger"), "8×8|16×16"),
+        (dict(pipeline="classifier"), "model_index.json"),
+        (dict(pipeline="foreign"), "--pipeline must be one of this package.*'DDPMPipeline'"),
+        (dict(metrics=["clip_score"], clip="nowhere"), "--clip"),
+        (dict(metrics=["rfid"]), "--metrics must be among"),
+        (dict(metrics=[]), "nothing to do"),
+        (dict(captions="captions.txt"), "--captions are for a text-conditional"),
+        (dict(num_images=5, metrics=["inception_score"]), "at least 10 for inception_score"),
+        (dict(num_images=0), "--num_images must be at least 1"),
+        (dict(batch_size=0), "--batch_size must be at least 1"),
+        (dict(seed=-1), "--seed must lie in"),
+        (dict(temperature=0), "temperature"),
+        (dict(num_inference_steps=99), "num_inference_steps"),
+        (dict(inception_weights="w.pth"), "`inception_weights` are for the network 'inception'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_sampled(problem, tmp_path, made, flags, message):
+    flags = dict(flags)
+    if flags.get("features") == "other":
+        classifier = tiny_classifier(8)
+        classifier.head.bias.data += 1
+        classifier.save_pretrained(tmp_path / "other")
+        flags["features"] = tmp_path / "other"
+    elif flags.get("features") == "larger":
+        tiny_classifier(16).save_pretrained(tmp_path / "larger")
+        flags["features"] = tmp_path / "larger"
+    for name in ("pipeline", "captions"):
+        if name in flags:
+            flags[name] = problem / flags[name]
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluate(problem, tmp_path / "run", **flags)
+    assert made == [] and not (tmp_path / "run" / "results.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_statistics_are_those_of_all_images_and_features_of_some(problem, tmp_path):
+    network = load_feature_network(str(problem / "classifier"))
+    rows = datasets.load_dataset("parquet", data_files=str(problem / "train.parquet"), split="train")
+    features = network(
+        torch.stack([script.get_protocol("torch-fidelity").prepare(i, 8) for i in rows["image"]])
+    ).features
+    statistics = run_statistics(problem, tmp_path / "statistics.npz", num_features=8)
+    mean, covariance = moments(features)
+    torch.testing.assert_close(statistics.mean, mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(statistics.covariance, covariance, rtol=1e-4, atol=1e-6)
+    places = [int((features - kept).abs().sum(1).argmin()) for kept in statistics.features]
+    assert len(set(places)) == 8 and places == sorted(places) and {place % 2 for place in places} == {0, 1}
+    torch.testing.assert_close(statistics.features, features[places], rtol=1e-4, atol=1e-5)
+    assert statistics.describe()["num_samples"] == 30 and statistics.describe()["resolution"] == 8
+    fewer = run_statistics(problem, tmp_path / "fewer.npz", max_images=10, num_features=0)
+    assert fewer.num_samples == 10 and fewer.features is None
+    with pytest.raises(ValueError, match="--reference must hold features"):
+        evaluate(problem, tmp_path / "run", reference=tmp_path / "fewer.npz")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(format="adm"), "sFID.*'inception'"),
+        (dict(output="statistics.pt"), "--output must end in .npz"),
+        (dict(max_images=1), "--max_images must be at least 2"),
+        (dict(split="test[:1]"), "Unknown split|split"),
+        (dict(resolution=0), "--resolution must be at least 1"),
+    ],
+)
+def test_statistics_of_nothing_are_refused(problem, tmp_path, flags, message):
+    flags = {"output": tmp_path / "statistics.npz", **flags}
+    if "split" in flags:
+        flags["max_images"] = None
+        with pytest.raises(ValueError, match="at least 2 images"):
+            run_statistics(problem, flags.pop("output"), **dict(flags, split="train[:1]"))
+        return
+    with pytest.raises(ValueError, match=message):
+        run_statistics(problem, flags.pop("output"), **flags)
+
+
+def test_a_damaged_real_image_is_an_error_and_not_left_out(problem, tmp_path):
+    rows = {"image": [{"bytes": b"no image", "path": None}] * 3}
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "damaged.parquet")
+    with pytest.raises(ValueError, match="Image 0 of the data set cannot be read"):
+        run_statistics(problem, tmp_path / "statistics.npz", data_files=tmp_path / "damaged.parquet")
+    assert not (tmp_path / "statistics.npz").exists()
+
+
+def test_the_commands_of_the_documentation_are_understood():
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^accelerate launch examples/(\w+)\.py (.*)$", page, re.M)
+    scripts = {"evaluate": script, "compute_statistics": compute_statistics, "train_classifier": train_classifier}
+    assert {name for name, _ in commands} == set(scripts)
+    for name, flags in commands:
+        scripts[name].parse_args(shlex.split(flags))
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+def launch(name: str, flags: list[str], num_processes: int) -> str:
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), environment.get("PYTHONPATH", "")])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    command = [sys.executable, *launcher, str(ROOT / "examples" / f"{name}.py"), *flags]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_images_and_scores_of_one(tmp_path):
+    """Of the bundled pipeline, from captions; the statistics too are made by two."""
+    scenes = [
+        f"a {thing} {place}" for thing in ("volcano", "cat", "robot", "ship") for place in ("at dusk", "in the snow")
+    ]
+    (tmp_path / "captions.txt").write_text("\n".join(scenes))
+    random = np.random.default_rng(0)
+    images = [Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(20)]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(tmp_path / "train.parquet")
+    tiny_classifier(64).save_pretrained(tmp_path / "classifier")
+    common = dict(features=tmp_path / "classifier")
+    statistics = dict(data_files=tmp_path / "train.parquet", resolution=64, batch_size=6, **common)
+    alone = run_statistics(tmp_path, tmp_path / "1.npz", **statistics)
+    launch("compute_statistics", command_line(dict(statistics, output=tmp_path / "2.npz")), num_processes=2)
+    together = ReferenceStatistics.load(tmp_path / "2.npz")
+    torch.testing.assert_close(alone.covariance, together.covariance, rtol=1e-9, atol=1e-12)
+    assert torch.equal(alone.features, together.features) and alone.describe() == together.describe()
+
+    flags = dict(
+        pipeline=ROOT / "pipelines" / "emoji-scenes",
+        captions=tmp_path / "captions.txt",
+        num_images=32,
+        batch_size=6,
+        num_inference_steps=3,
+        num_revisions=1,
+        save_images=True,
+        reference=tmp_path / "1.npz",
+        **common,
+    )
+    one = evaluate(tmp_path, tmp_path / "one", **flags)
+    launch("evaluate", evaluation_flags(tmp_path, tmp_path / "two", **flags), num_processes=2)
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert torch.equal(saved_images(tmp_path / "one"), saved_images(tmp_path / "two"))
+    assert one["drawn"] == two["drawn"] and one["metrics"] == two["metrics"]
+    assert two["num_processes"] == [2] and two["drawn"]["num_distinct_images"] == 32
+    assert two["seconds"]["images_made_in_this_run"] == 32  # by both together
+
+
+# ---------------------------------------------------------------------------------------------------------- classifier
+
+
+def test_a_classifier_learns_and_is_a_feature_network(problem, tmp_path):
+    flags = dict(data_files=problem / "train.parquet", test_files=problem / "train.parquet", resolution=8)
+    flags |= dict(train_batch_size=10, max_train_steps=25, lr_warmup_steps=1, block_channels=[8, 16])
+    flags |= dict(random_flip=True, logging_steps=5, learning_rate=1e-2, output_dir=tmp_path)
+    train_classifier.main(train_classifier.parse_args(command_line(flags)))
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record["test_accuracy"] > 0.9 and record["steps"] == 25
+    network = load_feature_network(str(tmp_path))
+    images = torch.cat([torch.full((1, 3, 8, 8), value, dtype=torch.uint8) for value in (50, 200)])
+    output = network(images)
+    assert output.logits.argmax(1).tolist() == [0, 1] and output.features.shape == (2, 16)
+    assert ImageClassifierModel.load_config(tmp_path)["labels"] == ["dark", "light"]
+
+
+def test_a_shift_moves_each_image_by_whole_pixels():
+    images = torch.arange(2 * 3 * 6 * 6).float().view(2, 3, 6, 6)
+    shifted = train_classifier.shift(images, 2, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2), mode="replicate")
+    for image, whole in zip(shifted, padded):
+        windows = [whole[:, top : top + 6, left : left + 6] for top in range(5) for left in range(5)]
+        assert sum(torch.equal(image, window) for window in windows) == 1
+    assert torch.equal(train_classifier.shift(images, 0, torch.Generator()), images)
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("resolution", 0), ("max_train_seconds", 0), ("label_smoothing", 1), ("block_channels", 12), ("max_shift", 8)],
+)
+def test_a_flag_of_the_classifier_out_of_range_is_refused_by_name(problem, tmp_path, flag, value):
+    flags = dict(data_files=problem / "train.parquet", resolution=8, output_dir=tmp_path)
+    with pytest.raises(ValueError, match=f"--{flag} must.*got .*{value}"):
+        train_classifier.parse_args(command_line({**flags, flag: value}))
+
+
+def test_a_label_column_that_is_none_is_refused(problem, tmp_path):
+    flags = dict(data_files=problem / "train.parquet", resolution=8, output_dir=tmp_path, label_column="class")
+    with pytest.raises(ValueError, match="--label_column must be one of .*got 'class'"):
+        train_classifier.main(train_classifier.parse_args(command_line(flags)))

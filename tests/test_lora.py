@@ -1,0 +1,278 @@
+"""LoRA: only the adapter trains, it comes back from its file, and it can be fused, taken out and left out again."""
+
+import json
+import re
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import train_lora
+from accelerate.state import AcceleratorState, GradientState
+from components import random_codes, tiny_pipeline, tiny_rq_pipeline
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file
+
+from rq_draft_revise import DraftAndReviseInpaintPipeline, DraftAndRevisePipeline
+
+
+CAPTIONS = ["a cat at dusk", "an owl in the snow", "the volcano", "rocket at night"]
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory):
+    """A pipeline, and a folder of four images with captions and labels."""
+    folder = tmp_path_factory.mktemp("lora")
+    images = folder / "images"
+    images.mkdir()
+    random = np.random.default_rng(0)
+    for i, caption in enumerate(CAPTIONS):
+        colors = random.integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(2, axis=0).repeat(2, axis=1)
+        Image.fromarray(colors).save(images / f"{i}.png")
+        with (images / "metadata.jsonl").open("a") as file:
+            file.write(json.dumps({"file_name": f"{i}.png", "text": caption, "label": i}) + "\n")
+    tiny_pipeline("text").save_pretrained(folder / "pipeline")
+    tiny_pipeline("class").save_pretrained(folder / "pipeline-class")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_trace(tmp_path_factory, monkeypatch):
+    """accelerate's state is one a process, and the script seeds the global random state."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    with torch.random.fork_rng(devices=[]):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def train(problem, output_dir, pipeline="pipeline", **flags):
+    flags = {"max_train_steps": 60, "learning_rate": 0.02, "rank": 3, "lora_alpha": 6} | flags
+    argv = ["--pretrained_model_name_or_path", str(problem / pipeline), "--train_data_dir", str(problem / "images")]
+    argv += ["--output_dir", str(output_dir), "--mixed_precision", "no"]
+    for name, value in flags.items():
+        argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    train_lora.main(train_lora.parse_args(argv))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def adapter(problem, tmp_path_factory):
+    """A trained adapter's folder. The base's weights must be on the disk as before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with torch.random.fork_rng(devices=[]):
+            return train(problem, tmp_path_factory.mktemp("adapter") / "mine")
+
+
+def load(problem, pipeline="pipeline"):
+    pipe = DraftAndRevisePipeline.from_pretrained(problem / pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, **kwargs):
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    arguments = {"output_type": "latent", "generator": generators} | kwargs
+    if "class_labels" not in arguments:
+        arguments["prompt"] = CAPTIONS
+    return pipe(**arguments).images
+
+
+@torch.no_grad()
+def logits_of(pipe):
+    """At half of the positions of fixed codes, with fixed conditions."""
+    codes = random_codes(pipe.transformer, 4)
+    masked = codes.clone()
+    masked[:, ::2] = pipe.transformer.mask_token_id
+    ids = torch.arange(4 * pipe.transformer.prefix_length).view(4, -1) % pipe.transformer.config.text_vocab_size
+    return pipe.transformer(masked, labels=codes, input_ids=ids).logits
+
+
+@torch.no_grad()
+def loss_on_images(problem, pipe):
+    """Mean over fixed masks of the loss on the four training images."""
+    args = train_lora.parse_args(["--pretrained_model_name_or_path", "", "--train_data_dir", str(problem / "images")])
+    dataset = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, split="train")
+    codes = train_lora.encode_images(args, dataset, pipe, "cpu")[:, 0]
+    _, ids = train_lora.load_condition(args, dataset, pipe)
+    masks = train_lora.random_mask(40, pipe.transformer.num_positions, torch.Generator().manual_seed(0))
+    mask = masks.view(40, *codes.shape[1:3], 1)
+    codes, ids = codes.repeat(10, 1, 1, 1), ids.repeat(10, 1)
+    masked = codes.masked_fill(mask, pipe.transformer.mask_token_id)
+    return pipe.transformer(masked, labels=codes, input_ids=ids).image_loss.item()
+
+
+def test_the_loss_falls_on_the_images_and_is_logged(problem, adapter):
+    pipe = load(problem)
+    before = loss_on_images(problem, pipe)
+    pipe.load_lora_weights(str(adapter))
+    after = loss_on_images(problem, pipe)
+    assert after < 0.7 * before, (before, after)
+    entries = [json.loads(line) for line in (adapter / "train_log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [10, 20, 30, 40, 50, 60]
+    assert entries[-1]["loss"] < 0.7 * entries[0]["loss"]
+
+
+def test_only_the_adapter_trains(problem, tmp_path, monkeypatch):
+    """In the training script's own pipeline, before it is thrown away."""
+    seen = {}
+
+    def saved(pipe_class, folder, transformer_lora_layers, **kwargs):
+        seen["layers"] = transformer_lora_layers
+
+    def loaded(*args, **kwargs):
+        seen["pipe"] = original(*args, **kwargs)
+        return seen["pipe"]
+
+    original = DraftAndRevisePipeline.from_pretrained
+    monkeypatch.setattr(DraftAndRevisePipeline, "from_pretrained", loaded)
+    monkeypatch.setattr(DraftAndRevisePipeline, "save_lora_weights", classmethod(saved))
+    train(problem, tmp_path / "out", max_train_steps=3)
+    fresh = original(problem / "pipeline")
+    for name in ("vae", "transformer"):
+        trained = {k.replace(".base_layer", ""): v for k, v in getattr(seen["pipe"], name).state_dict().items()}
+        for key, value in getattr(fresh, name).state_dict().items():
+            assert torch.equal(trained.pop(key), value), key
+        assert all(".lora_" in key for key in trained)
+    layers = seen["layers"]
+    targets = {re.sub(r".*\.attn\.(.*)\.lora_[AB]\.weight", r"\1", key) for key in layers}
+    assert targets == {"to_q", "to_k", "to_v", "to_out.0"}
+    assert len(layers) == 2 * 4 * 4  # A and B, of four layers, in 2 + 2 blocks
+    assert all(layer.any() for key, layer in layers.items() if "lora_B" in key), "a layer did not train"
+
+
+def test_a_saved_adapter_gives_the_same_codes_in_a_fresh_pipeline(problem, adapter, tmp_path):
+    pipe = load(problem)
+    base = draw(pipe)
+    pipe.load_lora_weights(str(adapter), adapter_name="mine")
+    assert pipe.get_list_adapters() == {"transformer": ["mine"]}
+    adapted = draw(pipe)
+    assert not torch.equal(adapted, base)
+    config = pipe.transformer.peft_config["mine"]
+    assert (config.r, config.lora_alpha) == (3, 6)  # alpha is not the rank: it must come from the file
+
+    layers = get_peft_model_state_dict(pipe.transformer, adapter_name="mine")
+    metadata = pipe.transformer.peft_config["mine"].to_dict()
+    DraftAndRevisePipeline.save_lora_weights(tmp_path, layers, transformer_lora_adapter_metadata=metadata)
+    fresh = load(problem)
+    fresh.load_lora_weights(str(tmp_path / WEIGHTS))  # a file, or a folder as above
+    assert torch.equal(draw(fresh), adapted)
+    saved, again = load_file(adapter / WEIGHTS), load_file(tmp_path / WEIGHTS)
+    assert saved.keys() == again.keys() and all(torch.equal(saved[key], again[key]) for key in saved)
+
+
+def test_fused_equals_unfused_and_unloading_restores_the_base_exactly(problem, adapter):
+    pipe = load(problem)
+    before = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
+    base = logits_of(pipe)
+    pipe.load_lora_weights(str(adapter))
+    adapted, codes = logits_of(pipe), draw(pipe)
+    assert (adapted - base).abs().max() > 0.1
+
+    pipe.fuse_lora()
+    assert pipe.num_fused_loras == 1
+    key = "blocks.0.attn.to_q"
+    assert not torch.equal(pipe.transformer.get_submodule(key).base_layer.weight, before[f"{key}.weight"])
+    torch.testing.assert_close(logits_of(pipe), adapted, rtol=0, atol=1e-5)
+    assert torch.equal(draw(pipe), codes)
+
+    pipe.unfuse_lora()
+    torch.testing.assert_close(logits_of(pipe), adapted, rtol=0, atol=1e-5)
+    pipe.disable_lora()
+    torch.testing.assert_close(logits_of(pipe), base, rtol=0, atol=1e-5)
+    pipe.unload_lora_weights()
+    assert pipe.transformer.state_dict().keys() == before.keys()
+
+    pipe = load(problem)
+    pipe.load_lora_weights(str(adapter))
+    pipe.unload_lora_weights()
+    assert all(torch.equal(value, before[key]) for key, value in pipe.transformer.state_dict().items())
+    assert torch.equal(logits_of(pipe), base)
+
+
+def test_half_the_scale_is_half_the_addition(problem, adapter):
+    pipe = load(problem)
+    weight = pipe.transformer.blocks[0].attn.to_q.weight.detach().clone()
+    pipe.load_lora_weights(str(adapter), adapter_name="mine")
+    layer = pipe.transformer.blocks[0].attn.to_q
+    addition = layer.get_delta_weight("mine").detach().clone()
+    pipe.set_adapters(["mine"], [0.5])
+    pipe.fuse_lora()
+    torch.testing.assert_close(layer.base_layer.weight.detach() - weight, addition / 2, rtol=0, atol=1e-5)
+
+
+def test_the_card_says_what_the_adapter_is_of(problem, adapter):
+    card = ModelCard((adapter / "README.md").read_text())
+    assert card.data.base_model == str(problem / "pipeline") and "lora" in card.data.tags
+    assert "4 images of `images`" in card.text and "rank 3, 60 steps" in card.text
+    assert f'pipe.load_lora_weights("{adapter.as_posix()}")' in card.text
+
+
+def test_labels_one_caption_for_all_and_validation_images(problem, tmp_path):
+    labelled = train(problem, tmp_path / "labels", pipeline="pipeline-class", max_train_steps=2)
+    pipe = load(problem, "pipeline-class")
+    pipe.load_lora_weights(str(labelled))
+    assert draw(pipe, class_labels=[0, 1, 2, 3]).shape == (4, 4, 4, 3)
+
+    flags = {"instance_prompt": "a cat", "validation_prompt": "a cat at night", "num_validation_images": 2}
+    prompted = train(problem, tmp_path / "prompt", max_train_steps=2, random_flip=True, **flags)
+    assert {path.name for path in prompted.glob("*.png")} == {"validation-0.png", "validation-1.png"}
+    card = (prompted / "README.md").read_text()
+    assert "with the caption *a cat*" in card and 'pipe("a cat")' in card
+    count = sum(parameter.numel() for parameter in load(problem).transformer.parameters())
+    assert f"{count:,} parameters" in card  # the base's, without the adapter that is loaded while the card is written
+
+
+def test_accumulated_micro_batches_equal_the_large_batch(problem, tmp_path):
+    # Two texts of four are dropped, so that the parts have different shares in both losses. Adam's first step is the
+    # sign of the gradient, which hides a wrong size: after five steps it does not.
+    flags = {"max_train_steps": 5, "condition_dropout": 0.5, "lora_layers": "to_q"}
+    whole = train(problem, tmp_path / "whole", train_batch_size=4, **flags)
+    parts = train(problem, tmp_path / "parts", train_batch_size=1, gradient_accumulation_steps=4, **flags)
+    whole, parts = load_file(whole / WEIGHTS), load_file(parts / WEIGHTS)
+    for key in whole:
+        torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=1e-4)
+
+
+def test_every_pipeline_takes_adapters():
+    for pipe in (
+        tiny_pipeline("class"),
+        tiny_rq_pipeline("class"),
+        DraftAndReviseInpaintPipeline(**tiny_pipeline("class").components),
+    ):
+        pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        layers = get_peft_model_state_dict(pipe.transformer)
+        pipe.unload_lora_weights()
+        pipe.load_lora_weights({f"transformer.{key}": value for key, value in layers.items()})
+        assert pipe.get_active_adapters() == ["default_0"]
+
+
+@pytest.mark.parametrize("state_dict", [{}, {"transformer.blocks.0.attn.to_q.weight": torch.ones(2, 2)},
+                                        {"unet.to_q.lora_A.weight": torch.ones(2, 2)}])  # fmt: skip
+def test_what_is_no_adapter_is_refused_and_changes_nothing(state_dict):
+    pipe = tiny_pipeline("class")
+    before = pipe.transformer.state_dict().keys()
+    with pytest.raises(ValueError, match="must hold LoRA weights by names that begin with 'transformer.'"):
+        pipe.load_lora_weights(state_dict)
+    assert pipe.transformer.state_dict().keys() == before
+
+
+def test_nothing_to_save_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`transformer_lora_layers` must not be empty"):
+        DraftAndRevisePipeline.save_lora_weights(tmp_path / "none", {})
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("flag, value", [("rank", 0), ("max_train_steps", 0), ("condition_dropout", 1.0)])
+def test_impossible_flags_are_refused_by_name(flag, value):
+    argv = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", f"--{flag}", str(value)]
+    with pytest.raises(ValueError, match=f"--{flag} must .* got {value}"):
+        train_lora.parse_args(argv)

@@ -1,0 +1,626 @@
+"""Stage 1: runs of examples/train_rqvae.py that must come to the same weights, and what they must not do to them."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import train_rqvae
+from accelerate.state import AcceleratorState, GradientState
+from components import tiny_vae
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_losses import random_vgg16
+
+from rq_draft_revise import RQVAEModel
+from rq_draft_revise.checkpoints import checkpoints_in
+from rq_draft_revise.data import decode_all, load_split, to_pixel_values
+from rq_draft_revise.flags import tracked
+
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_IMAGES = 22  # no multiple of any batch below: epochs end in the middle of one
+PIXELS = dict(perceptual_weight=0, adversarial_weight=0)
+GAN = dict(perceptual_weight=0, discriminator_channels=4, discriminator_warmup_steps=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process_on_the_cpu(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        cache = str(tmp_path_factory.mktemp("cache"))
+        patch.setenv("HF_DATASETS_CACHE", cache)  # for processes that the tests start
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_trace():
+    """accelerate's state is one a process, and the script seeds the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory) -> Path:
+    """`data`, 22 + 8 images of 16×16 pixels in random colours; `vae`, a tiny RQ-VAE; `vqgan`, one of D = 1."""
+    folder = tmp_path_factory.mktemp("problem")
+    (folder / "data").mkdir()
+    random = np.random.default_rng(0)
+    features = datasets.Features({"image": datasets.Image()})
+    for split, count in (("train", NUM_IMAGES), ("test", 8)):
+        colors = random.integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
+        images = [Image.fromarray(c.repeat(8, axis=0).repeat(8, axis=1)) for c in colors]
+        dataset = datasets.Dataset.from_dict({"image": images}, features=features)
+        dataset.to_parquet(folder / "data" / f"{split}-00000.parquet")
+    tiny_vae().save_pretrained(folder / "vae")
+    tiny_vae(code_depth=1).save_pretrained(folder / "vqgan")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vgg16(tmp_path_factory) -> Path:
+    pytest.importorskip("lpips")
+    path = tmp_path_factory.mktemp("vgg16") / "vgg16.safetensors"
+    save_file(random_vgg16(), path)
+    return path
+
+
+def flags_of(problem: Path, **flags) -> list[str]:
+    """A command line on `problem`; flags of value True stand alone, of value None are left out."""
+    common = {"vae": problem / "vae", "dataset_name": problem / "data", "mixed_precision": "no", "logging_steps": 1,
+              "resolution": 16, "lr_warmup_steps": 0}  # fmt: skip
+    argv = []
+    for name, value in {**common, **flags}.items():
+        if value is not None:
+            argv += [f"--{name}"] if value is True else [f"--{name}", *(str(value).split())]
+    return argv
+
+
+def train(problem: Path, output_dir: Path, **flags) -> list[dict]:
+    """Run the script to its end and return its log."""
+    train_rqvae.main(train_rqvae.parse_args(flags_of(problem, output_dir=output_dir, **flags)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return read_log(output_dir)
+
+
+def read_log(output_dir: Path) -> list[dict]:
+    """The entries of a log, without what the clock has a part in."""
+    lines = (output_dir / "train_log.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("seconds", "images_per"))} for line in lines
+    ]
+
+
+def weights_in(output_dir: Path, name: str = "diffusion_pytorch_model.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(output_dir / name)
+
+
+def tensors_in(state, prefix: str = "") -> dict[str, torch.Tensor]:
+    """All tensors in nested dictionaries and lists, by their path."""
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return {name: tensor for key, value in items for name, tensor in tensors_in(value, f"{prefix}/{key}").items()}
+
+
+def first_gradient(output_dir: Path, file: str = "optimizer.bin") -> dict[str, torch.Tensor]:
+    """The gradient of the first step, by parameter: Adam's first moment is then (1 - beta1) times it.
+
+    The weights themselves would be a poor witness. Adam divides by the gradient's size, so where the true gradient is
+    zero (the bias of a key, or one before a normalization) the rounding decides the sign of a whole step.
+    """
+    state = torch.load(output_dir / "checkpoint-1" / file, weights_only=True)["state"]
+    return {index: moments["exp_avg"] / (1 - 0.5) for index, moments in state.items()}
+
+
+def distance(actual: dict, expected: dict) -> float:
+    """The largest difference of two gradients, in units of the largest entry."""
+    assert actual.keys() == expected.keys()
+    scale = max(gradient.abs().max() for gradient in expected.values()).item()
+    assert scale > 1e-3, "a gradient that vanishes proves nothing"
+    return max((actual[i] - gradient).abs().max().item() for i, gradient in expected.items()) / scale
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+RESUMED = {
+    "pixels, cached": {"cache_images_in_memory": True, "ema_decay": 0.9, **PIXELS},
+    "pixels, decoding": {"gradient_accumulation_steps": 2, "reconstruction_loss": "both", **PIXELS},
+    "discriminator": {"ema_decay": 0.9, **GAN, "discriminator_warmup_steps": 2},
+    "discriminator that warms up": {**GAN, "discriminator_start_step": 1, "discriminator_warmup_steps": 4},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one_to_the_bit(name, problem, tmp_path):
+    flags = dict(
+        train_batch_size=5, max_train_steps=8, checkpointing_steps=3, validation_steps=4, random_flip=True,
+        learning_rate=1e-3, **{**RESUMED[name], "lr_warmup_steps": 2},
+    )  # fmt: skip
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    expected = train(problem, whole, **flags)
+    assert [path.name for path in checkpoints_in(whole)] == ["checkpoint-3", "checkpoint-6"]
+    images = json.loads((whole / "checkpoint-3" / "progress.json").read_text())["images"]
+    assert images % NUM_IMAGES != 0, "not in mid-epoch"
+
+    # What is left of a run that was killed while it wrote its second checkpoint, at step 6.
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    lines = (whole / "train_log.jsonl").read_text().splitlines(keepends=True)
+    (resumed / "train_log.jsonl").write_text("".join(lines[:6]) + lines[6][:10])
+    assert train(problem, resumed, resume_from_checkpoint="latest", **flags) == expected
+
+    weights = weights_in(whole)
+    for key, tensor in weights_in(resumed).items():
+        assert torch.equal(tensor, weights[key]), key
+    files = ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"]  # the last is the averaged weights
+    if "discriminator" in name:
+        files += ["model_1.safetensors", "optimizer_1.bin"]
+    for file in files:
+        load = load_file if file.endswith("safetensors") else lambda path: torch.load(path, weights_only=True)
+        first, second = (tensors_in(load(folder / "checkpoint-6" / file)) for folder in (whole, resumed))
+        assert first.keys() == second.keys() and len(first) > 5
+        for key, tensor in first.items():
+            assert torch.equal(second[key], tensor), f"{file}: {key}"
+
+
+# -------------------------------------------------------------------------------------------- micro-batches, processes
+
+
+def test_accumulated_micro_batches_equal_the_large_batch(problem, tmp_path):
+    logs = {}
+    for micro_batches in (1, 3):
+        logs[micro_batches] = train(
+            problem, tmp_path / f"{micro_batches}", train_batch_size=12 // micro_batches,
+            gradient_accumulation_steps=micro_batches, max_train_steps=2, checkpointing_steps=1, learning_rate=1e-4,
+            random_flip=True, max_grad_norm=0.5, **PIXELS,
+        )  # fmt: skip
+    assert distance(first_gradient(tmp_path / "3"), first_gradient(tmp_path / "1")) < 1e-5
+    # The codebook, with the restarts that the first update of one is: the moving averages are sums over the batch.
+    books = [weights_in(tmp_path / name / "checkpoint-1", "model.safetensors") for name in ("3", "1")]
+    for key in ("quantizer.codebook", "quantizer.ema_counts", "quantizer.ema_sums"):
+        torch.testing.assert_close(books[0][key], books[1][key], rtol=1e-5, atol=1e-5)
+    for one, three in zip(logs[1], logs[3]):
+        assert one.keys() == three.keys()
+        for name in one.keys() - {"kind"}:
+            assert three[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_with_a_discriminator_they_equal_it_up_to_the_adaptive_weight(adaptive, problem, tmp_path):
+    """Each micro-batch has an adaptive weight of its own, a quotient of norms, which is not that of the whole batch:
+    0.2 of it apart here, and the gradient 0.3 of its largest entry, at micro-batches of 4 very different images and a
+    discriminator that knows nothing. Where the weight is equal, by its bound, so is the gradient."""
+    logs = {}
+    for micro_batches in (1, 3):
+        logs[micro_batches] = train(
+            problem, tmp_path / f"{micro_batches}", train_batch_size=12 // micro_batches,
+            gradient_accumulation_steps=micro_batches, max_train_steps=1, checkpointing_steps=1,
+            max_adaptive_weight=None if adaptive else 0.02, **GAN,
+        )  # fmt: skip
+    assert distance(*(first_gradient(tmp_path / name, "optimizer_1.bin") for name in ("3", "1"))) < 1e-5
+    one, three = (log[0]["adversarial_weight"] for log in logs.values())
+    assert one != three if adaptive else one == three == pytest.approx(0.75 * 0.02)
+    assert three == pytest.approx(one, rel=0.2)
+    assert distance(first_gradient(tmp_path / "3"), first_gradient(tmp_path / "1")) < (0.3 if adaptive else 1e-5)
+
+
+PROCESSES = """
+import json, os, sys, torch
+import train_rqvae
+from accelerate.state import AcceleratorState, GradientState
+from rq_draft_revise import RQVAEModel
+
+torch.set_num_threads(1)
+# One process group for all runs: a second one would find the addresses of the first in torchrun's store.
+leave, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda group=None: None
+folder, rank, history = sys.argv[1], os.environ["RANK"], {}
+
+def recorded(self, *args, update_codebook=RQVAEModel.update_codebook, **kwargs):
+    output = update_codebook(self, *args, **kwargs)
+    history[name]["states"].append({key: tensor.clone() for key, tensor in self.state_dict().items()})
+    history[name]["restarts"] += int(output.num_restarted)
+    return output
+
+def seen(batch, flips=None, to_pixel_values=train_rqvae.to_pixel_values):
+    history[name]["images"].append(batch.clone())
+    return to_pixel_values(batch, flips)
+
+RQVAEModel.update_codebook, train_rqvae.to_pixel_values = recorded, seen
+for name, flags in json.loads(open(f"{folder}/runs.json").read()).items():
+    history[name] = {"states": [], "images": [], "restarts": 0}
+    train_rqvae.main(train_rqvae.parse_args(flags))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+torch.save(history, f"{folder}/history-{rank}.pt")
+leave()
+"""
+
+# A whole codebook of restarts at the first step, and some at each of the others: what one batch does not use has half
+# its count left, and the bound is above half.
+EQUAL = dict(train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=6, checkpointing_steps=1,
+             learning_rate=1e-4, validation_split="none", discriminator_start_step=1)  # fmt: skip
+RUNS = {
+    "pixels": dict(**EQUAL, **PIXELS),
+    "discriminator": {**EQUAL, **GAN, "gradient_accumulation_steps": 1, "train_batch_size": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def two_processes(problem, tmp_path_factory) -> Path:
+    """A folder with what runs of two processes wrote, all in one start of torchrun: importing takes longest."""
+    folder = tmp_path_factory.mktemp("two-processes")
+    tiny_vae(restart_threshold=0.6, ema_decay=0.5).save_pretrained(folder / "vae")
+    runs = {name: dict(vae=folder / "vae", output_dir=folder / name, **flags) for name, flags in RUNS.items()}
+    runs["resumed"] = {
+        **runs["discriminator"],
+        "output_dir": folder / "resumed",
+        "resume_from_checkpoint": folder / "discriminator" / "checkpoint-3",
+    }
+    (folder / "runs.json").write_text(json.dumps({name: flags_of(problem, **flags) for name, flags in runs.items()}))
+    (folder / "processes.py").write_text(PROCESSES)
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*command, str(folder / "processes.py"), str(folder)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    return folder
+
+
+def histories_of(two_processes: Path, name: str) -> list[dict]:
+    return [torch.load(two_processes / f"history-{rank}.pt", weights_only=True)[name] for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_hold_bit_identical_models_after_every_step(name, two_processes):
+    first, second = (history["states"] for history in histories_of(two_processes, name))
+    assert len(first) == len(second) == 6
+    for step in range(6):
+        for key, tensor in first[step].items():
+            assert torch.equal(tensor, second[step][key]), f"{key} differs after step {step + 1}"
+        if step > 0:
+            assert not torch.equal(first[step]["quantizer.codebook"], first[step - 1]["quantizer.codebook"])
+    assert histories_of(two_processes, name)[0]["restarts"] > 2 * 50, "restarts of the first step alone prove little"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_equal_one_of_the_same_batch(name, two_processes, problem, tmp_path):
+    """With the discriminator too: the processes share one adaptive weight. The order of sums in float32 is all that
+    differs, 1e-5 of the first gradient; a few steps later 1e-3 of the losses, as Adam divides small gradients too."""
+    one_batch = {**RUNS[name], "train_batch_size": 2 * RUNS[name]["train_batch_size"]}
+    expected = train(problem, tmp_path, vae=two_processes / "vae", **one_batch)
+    actual = read_log(two_processes / name)
+    assert distance(first_gradient(two_processes / name), first_gradient(tmp_path)) < 1e-5
+    assert len(actual) == len(expected) == 6
+    for one, two in zip(expected, actual):
+        assert one.keys() == two.keys()
+        for key in one.keys() - {"kind"}:
+            assert two[key] == pytest.approx(one[key], rel=2e-3, abs=1e-4), (one["step"], key)
+
+
+@pytest.mark.slow
+def test_two_processes_read_no_image_twice_in_an_epoch(two_processes, problem):
+    images = decode_all(load_split("train", dataset_name=str(problem / "data")), "image", 16)
+    for name in RUNS:
+        batches = zip(*(history["images"] for history in histories_of(two_processes, name)))
+        read = torch.cat([batch for together in batches for batch in together])[: 2 * NUM_IMAGES]
+        for epoch in read.split(NUM_IMAGES):
+            found = (epoch[:, None] == images[None]).flatten(2).all(-1).float().argmax(1)
+            assert sorted(found.tolist()) == list(range(NUM_IMAGES))
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_bit(two_processes):
+    expected = weights_in(two_processes / "discriminator")
+    for key, tensor in weights_in(two_processes / "resumed").items():
+        assert torch.equal(tensor, expected[key]), key
+    log = read_log(two_processes / "discriminator")
+    assert read_log(two_processes / "resumed") == [entry for entry in log if entry["step"] > 3]
+
+
+# --------------------------------------------------------------------------------------------------- the discriminator
+
+
+def test_the_rqvae_learns_nothing_from_a_discriminator_that_warms_up(problem, tmp_path):
+    flags = dict(
+        train_batch_size=5, max_train_steps=4, learning_rate=1e-3, checkpointing_steps=3, validation_split="none"
+    )
+    plain = train(problem, tmp_path / "plain", **flags, **PIXELS)
+    log = train(
+        problem, tmp_path / "gan", **flags, **GAN | dict(discriminator_start_step=1, discriminator_warmup_steps=2)
+    )
+    assert ["discriminator_loss" in entry for entry in log] == [False, True, True, True]
+    assert ["adversarial_weight" in entry for entry in log] == [False, False, False, True]
+    assert [entry["loss"] for entry in log] == [entry["loss"] for entry in plain]
+    before, after = ([weights_in(tmp_path / run / "checkpoint-3", "model.safetensors") for run in ("plain", "gan")],
+                     [weights_in(tmp_path / run) for run in ("plain", "gan")])  # fmt: skip
+    key = "decoder.conv_out.weight"
+    assert torch.equal(before[0][key], before[1][key]) and not torch.equal(after[0][key], after[1][key])
+
+
+def test_the_discriminator_learns_to_tell_and_the_adaptive_weight_is_clamped(problem, tmp_path):
+    flags = dict(train_batch_size=11, max_train_steps=40, learning_rate=1e-4, discriminator_learning_rate=1e-3,
+                 validation_split="none", **GAN | dict(discriminator_channels=8))  # fmt: skip
+    log = train(problem, tmp_path / "free", **flags)
+    assert log[0]["discriminator_loss"] == pytest.approx(1, abs=0.05)
+    assert log[-1]["discriminator_loss"] < 0.8 and log[-1]["discriminator_real"] > log[-1]["discriminator_fake"] + 0.5
+    smallest = min(entry["adversarial_weight"] for entry in log)
+    log = train(problem, tmp_path / "clamped", max_adaptive_weight=smallest / 2, **flags)
+    assert all(entry["adversarial_weight"] == pytest.approx(0.75 * smallest / 2) for entry in log)
+
+
+# ----------------------------------------------------------------------------------------------------- steps left out
+
+
+@pytest.mark.parametrize("losses", [PIXELS, GAN], ids=["pixels", "discriminator"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(losses, problem, tmp_path, monkeypatch):
+    states, steps = [], []
+
+    def poisoned(sample, pixel_values, kind, reconstruction_loss=train_rqvae.reconstruction_loss):
+        loss, mse = reconstruction_loss(sample, pixel_values, kind)
+        steps.append(None)
+        return (loss * math.nan if len(steps) == 3 else loss), mse
+
+    monkeypatch.setattr(train_rqvae, "reconstruction_loss", poisoned)
+    log = train(problem, tmp_path, train_batch_size=5, max_train_steps=4, checkpointing_steps=1, learning_rate=1e-3,
+                ema_decay=0.5, validation_split="none", **losses)  # fmt: skip
+    assert [entry["skipped_steps"] for entry in log] == [0, 0, 1, 1]
+    assert ["loss" in entry for entry in log] == [True, True, False, True]
+    assert [entry["images"] for entry in log] == [5, 10, 15, 20]
+    for file in ("model.safetensors", "model_1.safetensors"):
+        paths = [tmp_path / f"checkpoint-{step}" / file for step in (2, 3, 4)]
+        if not paths[0].exists():
+            assert losses is PIXELS
+            continue
+        states = [load_file(path) for path in paths]
+        assert all(torch.equal(states[1][key], tensor) for key, tensor in states[0].items())
+        assert any(not torch.equal(states[2][key], tensor) for key, tensor in states[0].items())
+    averages = [
+        tensors_in(torch.load(tmp_path / f"checkpoint-{step}" / "custom_checkpoint_0.pkl", weights_only=True))
+        for step in (2, 3)
+    ]
+    assert all(torch.equal(averages[1][key], tensor) for key, tensor in averages[0].items())
+    assert all(tensor.isfinite().all() for tensor in weights_in(tmp_path).values())
+
+
+def test_too_many_of_them_in_a_row_stop_the_run_with_a_message(problem, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        train_rqvae, "reconstruction_loss", lambda sample, pixel_values, kind: (sample.sum() * math.inf, sample.sum())
+    )
+    with pytest.raises(RuntimeError, match="3 optimizer steps in a row"):
+        train(problem, tmp_path, train_batch_size=5, max_train_steps=9, max_nonfinite_steps=3, **PIXELS)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_asked_to_stop_it_writes_a_checkpoint_and_goes_on_from_there(problem, tmp_path, monkeypatch):
+    flags = dict(train_batch_size=5, max_train_steps=5, learning_rate=1e-3, validation_split="none", **PIXELS)
+    expected = train(problem, tmp_path / "whole", **flags)
+    calls = []
+
+    def terminated(*args, reconstruction_loss=train_rqvae.reconstruction_loss):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return reconstruction_loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_rqvae, "reconstruction_loss", terminated)
+        train(problem, tmp_path / "stopped", **flags)
+    assert [path.name for path in checkpoints_in(tmp_path / "stopped")] == ["checkpoint-2"]
+    assert not list((tmp_path / "stopped").glob("*.safetensors"))
+    assert train(problem, tmp_path / "stopped", resume_from_checkpoint="latest", **flags) == expected
+
+
+# -------------------------------------------------------------------------------------------------------- the codebook
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory) -> Path:
+    """Images enough that none is learned by heart: smooth ramps between two colours, in random directions."""
+    folder = tmp_path_factory.mktemp("gradients")
+    random = np.random.default_rng(0)
+    features = datasets.Features({"image": datasets.Image()})
+    axis = np.linspace(-1, 1, 8)
+    for split, count in (("train", 512), ("test", 64)):
+        angles = random.uniform(0, 2 * np.pi, (count, 1, 1))
+        ramps = (1 + (np.cos(angles) * axis[:, None] + np.sin(angles) * axis) / np.sqrt(2)) / 2
+        ends = random.uniform(0, 255, (2, count, 1, 1, 3))
+        pixels = ends[0] + (ends[1] - ends[0]) * ramps[..., None]
+        images = [Image.fromarray(image) for image in pixels.round().astype(np.uint8)]
+        datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def reconstructions(output_dir: Path) -> tuple[float, float, float]:
+    """MSE of training and of evaluation, and the share of the codebook restarted a step; of the last 40 steps."""
+    log = read_log(output_dir)
+    training = [entry for entry in log if entry["kind"] == "train"][-40:]
+    (validation,) = (entry for entry in log if entry["kind"] == "validation")
+    restarts = np.mean([sum(entry["restarts"]) for entry in training]) / 512
+    return np.mean([entry["mse"] for entry in training]), validation["mse"], restarts
+
+
+@pytest.mark.slow
+def test_at_batch_8_evaluation_reconstructs_as_well_as_training(gradients, problem, tmp_path):
+    """128 vectors of 3 depths are 0.75 a code. The original restarts below a count of 1, and so most codes at each
+    step; what that does to the evaluation is in test_rqvae.py."""
+    flags = dict(dataset_name=gradients, resolution=8, train_batch_size=8, learning_rate=2e-3, lr_scheduler="cosine",
+                 validation_steps=10**6, checkpointing_steps=10**6, ema_decay=0, vae=None, cache_images_in_memory=True,
+                 **PIXELS)  # fmt: skip
+    results = {}
+    for name, threshold, steps in (("share", 0.01, 120), ("absolute", 1 / 0.75, 20)):
+        tiny_vae(codebook_size=512, restart_threshold=threshold).save_config(tmp_path / f"{name}-config")
+        train(problem, tmp_path / name, vae_config=tmp_path / f"{name}-config", max_train_steps=steps, **flags)
+        results[name] = reconstructions(tmp_path / name)
+    training, evaluation, restarts = results["share"]
+    assert restarts < 0.02 and evaluation < 1.2 * training
+    assert results["absolute"][2] > 0.3
+
+
+# --------------------------------------------------------------------------------------------------------- the results
+
+
+@pytest.fixture(scope="module")
+def overfitted(problem, tmp_path_factory) -> Path:
+    """A run on the first eight images until it knows them."""
+    folder = tmp_path_factory.mktemp("overfitted")
+    with torch.random.fork_rng(devices=[]):
+        train(
+            problem, folder, vae=None, vae_config=problem / "vae", train_split="train[:8]", train_batch_size=8,
+            max_train_steps=100, lr_warmup_steps=5, ema_decay=0.9, checkpointing_steps=10**6, validation_steps=10**6,
+            cache_images_in_memory=True, learning_rate=5e-3, lr_scheduler="cosine", **PIXELS,
+        )  # fmt: skip
+    return folder
+
+
+def test_every_line_of_the_log_is_json_that_says_which_step_and_what_was_measured(overfitted):
+    entries = [json.loads(line) for line in (overfitted / "train_log.jsonl").read_text().splitlines()]
+    training = [entry for entry in entries if entry["kind"] == "train"]
+    assert [entry["step"] for entry in training] == list(range(1, 101))
+    assert [entry["images"] for entry in training] == list(range(8, 8 * 101, 8))
+    assert [entry["seconds"] for entry in entries] == sorted(entry["seconds"] for entry in entries)
+    common = {"kind", "step", "images", "seconds", "mse", "psnr", "usage", "perplexity"}
+    expected = {
+        "train": common | {"images_per_second", "learning_rate", "skipped_steps", "loss", "reconstruction_loss",
+                           "commitment_loss", "grad_norm", "restarts"},
+        "validation": common | {"train_mse", "train_psnr", "mse_gap", "relative_mse_gap"},
+    }  # fmt: skip
+    for entry in entries:
+        assert entry.keys() == expected[entry["kind"]]
+        for name in {"usage", "perplexity", "restarts"} & entry.keys():
+            assert len(entry[name]) == 3, "one a depth"
+    assert sum(training[0]["restarts"]) > 0
+    assert training[-1]["psnr"] == pytest.approx(10 * math.log10(4 / training[-1]["mse"]))
+
+
+def test_the_loss_falls_on_eight_images_and_held_back_ones_are_not_what_was_learned(overfitted):
+    log = read_log(overfitted)
+    values = [entry["mse"] for entry in log if entry["kind"] == "train"]
+    assert np.mean(values[-10:]) < 0.1 * np.mean(values[:3])
+    (entry,) = (e for e in log if e["kind"] == "validation")
+    assert entry["train_mse"] < entry["mse"] and entry["mse_gap"] == pytest.approx(entry["mse"] - entry["train_mse"])
+
+
+def test_the_exported_rqvae_reconstructs_what_the_log_says(overfitted, problem):
+    vae = RQVAEModel.from_pretrained(overfitted)
+    pixel_values = to_pixel_values(decode_all(load_split("test", dataset_name=str(problem / "data")), "image", 16))
+    with torch.no_grad():
+        mse = (vae(pixel_values).sample.clamp(-1, 1) - pixel_values).square().mean().item()
+    (entry,) = (e for e in read_log(overfitted) if e["kind"] == "validation")
+    assert mse == pytest.approx(entry["mse"], rel=1e-4)
+    (path,) = overfitted.glob("reconstructions-*.png")
+    assert Image.open(path).size == (8 * 16, 2 * 16)
+
+
+def test_the_whole_recipe_trains_a_vqgan(problem, vgg16, tmp_path):
+    """All losses at once, by their defaults, on a model of D = 1; LPIPS falls on four images."""
+    log = train(problem, tmp_path, vae=problem / "vqgan", lpips_weights=vgg16, discriminator_channels=4,
+                train_split="train[:4]", train_batch_size=4, max_train_steps=12, learning_rate=3e-3,
+                gradient_checkpointing=True, validation_split="none")  # fmt: skip
+    for name in ("loss", "perceptual_loss", "adversarial_loss", "adversarial_weight", "discriminator_loss"):
+        assert np.isfinite([entry[name] for entry in log[2:]]).all()
+    first = log[0]
+    assert first["loss"] == pytest.approx(
+        first["reconstruction_loss"] + first["perceptual_loss"] + 0.25 * first["commitment_loss"], rel=1e-5
+    )
+    assert log[-1]["perceptual_loss"] < 0.9 * log[0]["perceptual_loss"]
+    vae = RQVAEModel.from_pretrained(tmp_path)
+    assert vae.config.code_depth == 1 and len(log[0]["usage"]) == 1
+
+
+def test_gradient_checkpointing_changes_nothing(problem, tmp_path):
+    flags = dict(train_batch_size=5, max_train_steps=1, checkpointing_steps=1, validation_split="none", **GAN)
+    for name, switch in (("with", True), ("without", None)):
+        train(problem, tmp_path / name, gradient_checkpointing=switch, **flags)
+    assert distance(*(first_gradient(tmp_path / name) for name in ("with", "without"))) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("dataset_name", None),
+        ("vae", None),
+        ("vae_config", "config.json"),
+        ("train_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("num_train_epochs", 0),
+        ("max_train_steps", 0),
+        ("max_train_seconds", 0),
+        ("max_train_seconds", "nan"),
+        ("logging_steps", 0),
+        ("validation_steps", 0),
+        ("validation_batch_size", 0),
+        ("max_validation_images", 0),
+        ("checkpointing_steps", -1),
+        ("checkpoints_total_limit", 0),
+        ("ema_decay", 1.0),
+        ("perceptual_weight", -1.0),
+        ("perceptual_weight", "nan"),
+        ("adversarial_weight", "inf"),
+        ("discriminator_channels", 0),
+        ("discriminator_warmup_steps", -1),
+        ("max_nonfinite_steps", 0),
+    ],
+)
+def test_a_flag_out_of_range_is_refused_by_name(flag, value, problem):
+    with pytest.raises(ValueError, match=f"--{flag}"):
+        train_rqvae.parse_args(flags_of(problem, **{flag: value}))
+
+
+@pytest.mark.parametrize(
+    "flag, value, others",
+    [
+        ("image_column", "picture", PIXELS),
+        ("resolution", 7, PIXELS),
+        ("resolution", 8, {"perceptual_weight": 0}),
+        ("resolution", 14, {"adversarial_weight": 0, "lpips_weights": "nowhere"}),
+        ("resume_from_checkpoint", "nowhere", PIXELS),
+        ("lpips_weights", "nowhere", {}),
+    ],
+)
+def test_a_flag_that_does_not_fit_is_refused_by_name(flag, value, others, problem, tmp_path):
+    with pytest.raises(ValueError, match=f"{flag}.*got.*{value}"):
+        train(problem, tmp_path, **{**others, flag: value})
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_changed_recipe_does_not_resume(problem, tmp_path):
+    flags = dict(train_batch_size=5, max_train_steps=1, checkpointing_steps=1, validation_split="none", **GAN)
+    train(problem, tmp_path, **flags)
+    assert "token" not in (tmp_path / "checkpoint-1" / "progress.json").read_text()
+    with pytest.raises(ValueError, match="--adversarial_weight was 0.75 and is 0.5"):
+        train(problem, tmp_path, resume_from_checkpoint="latest", adversarial_weight=0.5, **flags)
+
+
+def test_every_flag_is_explained_and_the_defaults_are_the_recipe_of_the_paper(problem, capsys):
+    with pytest.raises(SystemExit):
+        train_rqvae.parse_args(["--help"])
+    assert capsys.readouterr().out.count("\n  --") > 50
+    args = train_rqvae.parse_args(["--vae", "model", "--dataset_name", "data"])
+    recipe = dict(reconstruction_loss="mse", perceptual_weight=1.0, adversarial_weight=0.75, max_adaptive_weight=1e4,
+                  discriminator_channels=64, train_batch_size=32, learning_rate=4e-5, lr_scheduler="constant",
+                  adam_beta1=0.5, adam_beta2=0.9, max_grad_norm=0.0, num_train_epochs=10)  # fmt: skip
+    assert recipe.items() <= vars(args).items()
+    assert "hub_token" not in tracked(args)
