@@ -18,7 +18,7 @@ def read_version() -> str:
 
 
 extras = {
-    "train": ["datasets", "tensorboard", "torchvision", "lpips"],
+    "train": ["datasets", "tensorboard", "torchvision", "lpips", "peft"],
     "eval": ["evaluate", "torch-fidelity", "datasets", "torchvision"],
     "app": ["gradio"],
     "docs": ["mkdocs-material", "mkdocstrings[python]", "matplotlib"],

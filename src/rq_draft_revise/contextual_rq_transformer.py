@@ -14,6 +14,7 @@ from diffusers.utils import BaseOutput
 from .attention import SpatialTransformerBlock
 from .codes import check_codes, check_ranges, is_readable, project_vectors
 from .depth_transformer import DepthTransformer
+from .publishing import ModelCardMixin
 from .scheduling_draft_and_revise import check_sampling
 
 
@@ -63,7 +64,7 @@ class PrefixOutput(BaseOutput):
     prefix_key_values: torch.Tensor
 
 
-class ContextualRQTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+class ContextualRQTransformerModel(ModelCardMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     r"""Contextual RQ-Transformer (Lee et al., "Draft-and-Revise", NeurIPS 2022, section 3.2).
 
     A bidirectional *spatial* transformer reads the code map with its masked positions and the condition before it, and

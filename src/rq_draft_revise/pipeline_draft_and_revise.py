@@ -24,11 +24,13 @@ from .conditions import (
 )
 from .contextual_rq_transformer import ContextualRQTransformerModel
 from .images import Images, check_same_codebook, decode_codes, encode_pixels, prepare_pixels, single_images
+from .lora import TransformerLoraMixin
+from .publishing import HubPipelineMixin
 from .rqvae import RQVAEModel
 from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_step_numbers
 
 
-class DraftAndRevisePipeline(DiffusionPipeline):
+class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPipeline):
     r"""Text- or class-conditional, or unconditional, image generation by Draft-and-Revise, and revision of images.
 
     Args:

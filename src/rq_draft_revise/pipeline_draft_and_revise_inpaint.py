@@ -22,6 +22,8 @@ from .conditions import (
 )
 from .contextual_rq_transformer import ContextualRQTransformerModel
 from .images import Images, check_same_codebook, decode_codes, encode_pixels, prepare_pixels, single_images
+from .lora import TransformerLoraMixin
+from .publishing import HubPipelineMixin
 from .rqvae import RQVAEModel
 from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_step_numbers
 
@@ -29,7 +31,7 @@ from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_step_num
 logger = logging.get_logger(__name__)
 
 
-class DraftAndReviseInpaintPipeline(DiffusionPipeline):
+class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPipeline):
     r"""Inpainting, editing and infilling by Draft-and-Revise (supplement D.3, D.4).
 
     The positions under the mask are drafted and then revised, among codes of the image that never change. The

@@ -19,12 +19,14 @@ from .conditions import (
     recorded_tokenizer,
 )
 from .images import check_same_codebook, decode_codes
+from .lora import TransformerLoraMixin
+from .publishing import HubPipelineMixin
 from .rq_transformer import RQTransformerModel, per_depth
 from .rqvae import RQVAEModel
 from .scheduling_draft_and_revise import check_sampling
 
 
-class RQTransformerPipeline(DiffusionPipeline):
+class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPipeline):
     r"""Text- or class-conditional, or unconditional, image generation by an RQ-Transformer (or VQ-GAN's).
 
     There is nothing to schedule: a step samples the stack of one position, in row-major order.

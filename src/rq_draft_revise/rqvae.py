@@ -15,6 +15,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .codes import check_codes, embed_codes
+from .publishing import ModelCardMixin
 
 
 @dataclass
@@ -304,7 +305,7 @@ def _rows_in_global_batch(sizes: list[int], device: torch.device) -> tuple[torch
     return rows.to(device), int(table.sum())
 
 
-class RQVAEModel(ModelMixin, ConfigMixin):
+class RQVAEModel(ModelCardMixin, ModelMixin, ConfigMixin):
     r"""Residual-quantized variational autoencoder: an image becomes `h * w` stacks of `code_depth` codes.
 
     The network is VQGAN's, expressed by diffusers' own `Encoder` and `Decoder`; with `code_depth=1` this *is* VQGAN.
