@@ -19,11 +19,14 @@ def read_version() -> str:
 
 extras = {
     "train": ["datasets", "tensorboard", "torchvision", "lpips", "peft"],
-    "eval": ["evaluate", "torch-fidelity", "datasets", "torchvision"],
+    "eval": ["evaluate", "torch-fidelity>=0.4", "datasets", "torchvision", "lpips"],  # before 0.4 precision was recall
     "app": ["gradio"],
     "docs": ["mkdocs-material", "mkdocstrings[python]", "matplotlib"],
     # setuptools: the packaging test builds a wheel without the network, and Python 3.12 environments come without it.
-    "test": ["pytest", "pytest-timeout", "hypothesis", "datasets", "peft", "setuptools>=77"],
+    "test": [
+        *("pytest", "pytest-timeout", "hypothesis", "setuptools>=77"),
+        *("datasets", "evaluate", "lpips", "peft", "torch-fidelity>=0.4", "torchvision"),
+    ],
 }
 extras["dev"] = [*extras["test"], "ruff"]
 

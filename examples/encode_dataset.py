@@ -197,7 +197,8 @@ def main(args):
             partial.rename(paths[k])  # a file of this name is complete
             print(f"{paths[k].name}: {len(encoded):,} rows, skipped: {skipped}", flush=True)
         accelerator.wait_for_everyone()
-        counts[name] = sum(pq.read_metadata(path).num_rows for path in paths)
+        if accelerator.is_main_process:
+            counts[name] = sum(pq.read_metadata(path).num_rows for path in paths)
     if accelerator.is_main_process:
         (output_dir / "README.md").write_text(card_of(args, settings, counts))
         unfinished.rename(output_dir / "data")

@@ -419,7 +419,8 @@ def test_statistics_are_those_of_all_images_and_features_of_some(problem, tmp_pa
     torch.testing.assert_close(statistics.mean, mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(statistics.covariance, covariance, rtol=1e-4, atol=1e-6)
     places = [int((features - kept).abs().sum(1).argmin()) for kept in statistics.features]
-    assert len(set(places)) == 8 and places == sorted(places) and {place % 2 for place in places} == {0, 1}
+    assert len(set(places)) == 8 and places == sorted(places)
+    assert max(places) > 15  # drawn from all: a data set may be sorted by class
     torch.testing.assert_close(statistics.features, features[places], rtol=1e-4, atol=1e-5)
     assert statistics.describe()["num_samples"] == 30 and statistics.describe()["resolution"] == 8
     fewer = run_statistics(problem, tmp_path / "fewer.npz", max_images=10, num_features=0)

@@ -310,6 +310,7 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
+        accelerator.wait_for_everyone()  # or the end of one process may have its launcher kill the one that tidies up
         if output_dir.is_dir():
             older = checkpoints_in(output_dir)[-1:]
         raise OSError(
