@@ -34,6 +34,7 @@ from rq_draft_revise import (
 )
 from rq_draft_revise.budget import Budget, learning_rate_at
 from rq_draft_revise.checkpoints import TrainingLog, checkpoints_in
+from rq_draft_revise.data import load_split
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +52,7 @@ def one_process_on_the_cpu(tmp_path_factory):
         cache = str(tmp_path_factory.mktemp("cache"))
         patch.setenv("HF_DATASETS_CACHE", cache)  # for processes that the tests start
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)  # 5 s after each epoch of a stream
         yield
 
 
@@ -420,11 +422,12 @@ def test_accumulated_micro_batches_equal_the_large_batch(name, problem, tmp_path
 
 
 PROCESSES = """
-import json, sys, torch
+import datasets, json, sys, torch
 import train_cc3m, train_imagenet, encode_dataset
 from accelerate.state import AcceleratorState, GradientState
 
 torch.set_num_threads(1)
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
 # One process group for all runs: a second one would find the addresses of the first in torchrun's store.
 leave, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda group=None: None
 scripts = {"train_cc3m": train_cc3m, "train_imagenet": train_imagenet, "encode_dataset": encode_dataset}
