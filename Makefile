@@ -10,7 +10,7 @@ demo: $(STAMP)-core
 	$(VENV)/bin/python examples/generate.py "a volcano at dusk"
 
 test: $(STAMP)-test
-	$(VENV)/bin/python -m pytest tests -q --timeout=600
+	$(VENV)/bin/python -m pytest tests -q --timeout=600 -n auto --dist loadfile
 
 # The figures of docs/figures.md, which has the same commands.
 figures: $(STAMP)-core

@@ -24,7 +24,7 @@ extras = {
     "docs": ["mkdocs-material", "mkdocstrings[python]", "matplotlib"],
     # setuptools: the packaging test builds a wheel without the network, and Python 3.12 environments come without it.
     "test": [
-        *("pytest", "pytest-timeout", "hypothesis", "setuptools>=77"),
+        *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "setuptools>=77"),
         *("datasets", "evaluate", "lpips", "peft", "torch-fidelity>=0.4", "torchvision"),
     ],
 }

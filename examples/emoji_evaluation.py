@@ -18,7 +18,7 @@ import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
-from emoji_scenes import captions
+from emoji_scenes import SPLITS, captions
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -408,10 +408,12 @@ def evaluate(args: argparse.Namespace) -> None:
     import diffusers
 
     import rq_draft_revise
+    from rq_draft_revise.data import load_split
 
     for path in filter(None, (args.output, args.grid)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)  # before the long work, not after it
-    scenes = datasets.load_dataset(args.dataset)
+    # (`datasets.load_dataset` by itself would return what it once read from a folder of this name, rebuilt or not.)
+    scenes = datasets.DatasetDict({split: load_split(split, dataset_name=args.dataset) for split in SPLITS})
     kept_at = Path(args.classifier or f"{args.dataset.rstrip('/')}-classifier.safetensors")
     classifier, record = load_or_train_classifier(kept_at, scenes["train"], args.classifier_epochs, args.device)
 

@@ -114,7 +114,17 @@ class AveragedWeights(EMAModel):
     """
 
     def __init__(self, parameters, decay: float):
-        super().__init__(parameters, decay=decay, use_ema_warmup=True, power=2 / 3, foreach=True)
+        parameters = list(parameters)
+        self.is_sharded = any(hasattr(parameter, "full_tensor") for parameter in parameters)
+        # Copying many sharded tensors at once is not implemented in torch.
+        super().__init__(parameters, decay=decay, use_ema_warmup=True, power=2 / 3, foreach=not self.is_sharded)
+
+    def store(self, parameters) -> None:
+        """As of the base class, which moves the weights to the CPU; shards stay where their mesh is."""
+        if self.is_sharded:
+            self.temp_stored_params = [parameter.detach().clone() for parameter in parameters]
+        else:
+            super().store(parameters)
 
     def state_dict(self) -> dict:
         """As of the base class; every process has to call it."""
@@ -126,7 +136,7 @@ class AveragedWeights(EMAModel):
         """As of the base class; each process keeps its shards."""
         shards = self.shadow_params
         super().load_state_dict(state_dict)
-        if any(hasattr(shard, "full_tensor") for shard in shards):
+        if self.is_sharded:
             from torch.distributed.tensor import distribute_tensor
 
             self.shadow_params = [
@@ -255,6 +265,7 @@ def train(
                 for tracker in accelerator.trackers:
                     if hasattr(tracker, "log_images"):
                         tracker.log_images({"samples": images}, step=step)
+        reshard(model)
         if ema is not None:
             ema.restore(parameters)
         transformer.train()
@@ -387,6 +398,19 @@ def train(
         )
     log.close()
     accelerator.wait_for_everyone()
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Let go of the whole weights that FSDP2 gathered in a forward without a backward.
+
+    Its outermost module keeps them until the next backward. So after a validation of the averaged weights the next
+    training step would go through them, whatever has been written into the shards meanwhile.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def losses_line(losses: dict[str, Any]) -> str:
