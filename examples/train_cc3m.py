@@ -203,7 +203,7 @@ def main(args):
     args.num_validation_images = len(prompts)
     if args.report_to is not None:
         accelerator.init_trackers("train_cc3m", config=tracked(args))
-    train(
+    is_finished = train(
         args,
         accelerator,
         pipeline,
@@ -214,7 +214,7 @@ def main(args):
         {"prompt": prompts},
         skipped,
     )
-    if accelerator.is_main_process:
+    if is_finished and accelerator.is_main_process:
         upload(args, repo_id)
     accelerator.end_training()
 

@@ -18,6 +18,7 @@ Into `output_dir` the script writes `train_log.jsonl` (the curves of a model car
 """
 
 import argparse
+import re
 from functools import partial
 from pathlib import Path
 
@@ -104,7 +105,9 @@ def load_pipeline(args, vae, transformer, dataset):
     # The names of the data set go first where they fit: they are those of the labels that are being learned.
     names = getattr((dataset.features or {}).get(args.label_column), "names", None)
     fits = names is not None and len(names) == transformer.config.num_classes
-    id2label = dict(enumerate(names)) if fits else config.get("id2label")
+    # But for ImageNet's folders, n01440764 and so on: their order is that of the usual names.
+    wnids = fits and all(re.fullmatch(r"n\d{8}", name) for name in names) and config.get("id2label")
+    id2label = dict(enumerate(names)) if fits and not wnids else config.get("id2label")
     if args.model == "autoregressive":
         return RQTransformerPipeline(vae, transformer, id2label=id2label, **sampler_settings(config))
     scheduler = DraftAndReviseScheduler()
@@ -168,7 +171,7 @@ def main(args):
         sample_condition = {"class_labels": [i * config.num_classes // count for i in range(count)]}
     if args.report_to is not None:
         accelerator.init_trackers("train_imagenet", config=tracked(args))
-    train(
+    is_finished = train(
         args,
         accelerator,
         pipeline,
@@ -179,7 +182,7 @@ def main(args):
         sample_condition,
         skipped,
     )
-    if accelerator.is_main_process:
+    if is_finished and accelerator.is_main_process:
         upload(args, repo_id)
     accelerator.end_training()
 

@@ -331,6 +331,33 @@ def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one_to_the_bit(name, pr
     assert not torch.equal(live[key], earlier[key]) and not torch.equal(live[key], weights[key])
 
 
+def test_a_tracker_gets_losses_and_samples(problem, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = train(
+        "train_imagenet", problem, tmp_path, report_to="tensorboard", train_batch_size=4, max_train_steps=2,
+        num_validation_images=3,
+    )  # fmt: skip
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out*") if path.parent.name == "train_imagenet"}
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
+    images = events.Images("samples")
+    assert [(image.step, image.width, image.height) for image in images] == [(2, 3 * 8, 8)]
+    losses = [entry["loss"] for entry in log if entry["kind"] == "train"]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
+
+
+def test_looking_at_the_weights_changes_nothing(problem, tmp_path):
+    """Validation exchanges the weights for the averaged ones and draws images from numbers of its own."""
+    flags = dict(train_batch_size=5, max_train_steps=4, learning_rate=1e-2, pipeline="-dropout", ema_decay=0.9)
+    looks = {"often": dict(validation_steps=1, num_validation_images=2, checkpointing_steps=2),
+             "never": dict(validation_split="none", checkpointing_steps=10**6)}  # fmt: skip
+    for name, own in looks.items():
+        train("train_imagenet", problem, tmp_path / name, **flags, **own)
+    often, never = (weights_in(tmp_path / name) for name in looks)
+    assert all(torch.equal(often[key], tensor) for key, tensor in never.items())
+
+
 def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(problem, tmp_path, monkeypatch, capsys):
     flags = dict(train_batch_size=5, max_train_steps=5, validation_split="none", pipeline="-dropout")
     train("train_imagenet", problem, tmp_path / "whole", **flags)
@@ -344,14 +371,15 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(problem, 
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().accepts(*arguments)
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handler, pushed = signal.getsignal(signal.SIGTERM), []
     with monkeypatch.context() as patch:
         patch.setattr(training, "NonFiniteGuard", SignalledAtStepTwo)
+        patch.setattr(train_imagenet, "upload", lambda *arguments: pushed.append(arguments))
         train("train_imagenet", problem, tmp_path / "stopped", **flags)
     assert signal.getsignal(signal.SIGTERM) == handler
     assert [path.name for path in checkpoints_in(tmp_path / "stopped")] == ["checkpoint-2"]
     assert not (tmp_path / "stopped" / "transformer").exists()
-    assert "at step 2" in capsys.readouterr().out
+    assert "at step 2" in capsys.readouterr().out and not pushed
     log = train("train_imagenet", problem, tmp_path / "stopped", resume_from_checkpoint="latest", **flags)
     assert log == read_log(tmp_path / "whole")
     expected = weights_in(tmp_path / "whole")
@@ -359,9 +387,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(problem, 
 
 
 @pytest.mark.parametrize("bad_steps, ends", [((3,), False), ((2, 3, 4), True)])
-def test_a_step_that_is_not_finite_is_left_out_and_too_many_end_the_run(
-    bad_steps, ends, problem, tmp_path, monkeypatch
-):
+def test_a_non_finite_step_is_left_out_and_too_many_end_the_run(bad_steps, ends, problem, tmp_path, monkeypatch):
     """Masks and order move on all the same: the run with the step left out is known in advance."""
     original, calls = ContextualRQTransformerModel.forward, []
 

@@ -160,7 +160,7 @@ def train(
     validation_sets: dict[str, ValidationSet],
     sample_condition: dict[str, list],
     skipped: SkippedRows,
-) -> None:
+) -> bool:
     """Train `pipeline.transformer` on codes and export the pipeline to `args.output_dir`.
 
     The loss is the mean negative log-likelihood of the codes at masked positions (of all codes for the autoregressive
@@ -177,6 +177,9 @@ def train(
         validation_sets: By name.
         sample_condition: The pipeline's argument for the sample grid, see [`sample_images`].
         skipped: Rows that the batches leave out.
+
+    Returns:
+        Whether the run came to its end; False after a signal, with a checkpoint and without an export.
     """
     transformer = pipeline.transformer
     config, output_dir = transformer.config, Path(args.output_dir)
@@ -264,7 +267,8 @@ def train(
                 save_grid(images, output_dir / f"samples-{step:07d}.png")
                 for tracker in accelerator.trackers:
                     if hasattr(tracker, "log_images"):
-                        tracker.log_images({"samples": images}, step=step)
+                        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                        tracker.log_images({"samples": images}, step=step, **layout)
         reshard(model)
         if ema is not None:
             ema.restore(parameters)
@@ -398,6 +402,7 @@ def train(
         )
     log.close()
     accelerator.wait_for_everyone()
+    return not interrupted
 
 
 def reshard(model: torch.nn.Module) -> None:
