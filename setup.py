@@ -25,7 +25,7 @@ extras = {
     # setuptools: the packaging test builds a wheel without the network, and Python 3.12 environments come without it.
     "test": [
         *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "setuptools>=77"),
-        *("datasets", "evaluate", "lpips", "peft", "torch-fidelity>=0.4", "torchvision"),
+        *("datasets", "evaluate", "lpips", "peft", "tensorboard", "torch-fidelity>=0.4", "torchvision"),
     ],
 }
 extras["dev"] = [*extras["test"], "ruff"]
