@@ -1,11 +1,15 @@
 """Convert a random checkpoint of a published size there and back, and say what it took.
 
     python benchmarks/conversion.py --size rq-imagenet-256-3.8b --dtype bfloat16
+    python benchmarks/conversion.py --size rq-imagenet-256-480m --dtype float32 --logits
 
 It writes `stage2/model.pt` and `config.yaml` of the authors' layout with random weights, converts them with
-`conversion_scripts/convert_rq_transformer_to_diffusers.py`, converts the result back with `--to_original`, and compares
-every tensor with the first, one at a time. Peak memory is that of the converting process: what it holds itself
-(RssAnon), without the mapped files, which the system takes back as it needs. Disk: three times the checkpoint.
+`conversion_scripts/convert_rq_transformer_to_diffusers.py`, converts the result back with `--to_original`, and
+compares every tensor with the first, one at a time. With `--logits` it also computes the logits of one image in
+float64 by the converted model and by the tests' reference, which takes 16 bytes of memory a parameter and more.
+
+Peak memory is that of the converting process: what it holds itself (RssAnon), without the mapped files, which the
+system takes back as it needs. Disk: three times the checkpoint.
 """
 
 import argparse
@@ -25,7 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "conversion_scripts")]
 
 import original_models as original  # noqa: E402
-from test_conversion_models import PUBLISHED, published_config  # noqa: E402
+from test_conversion_models import PUBLISHED, check_transformer, published_config  # noqa: E402
+
+from rq_draft_revise import RQTransformerModel  # noqa: E402
 
 
 def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> int:
@@ -34,7 +40,9 @@ def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> int:
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for key, shape in original.rq_transformer_shapes(config).items():
-        weights[key] = torch.empty(shape, dtype=dtype).uniform_(-0.1, 0.1, generator=generator)
+        # As a layer starts out: activations neither explode nor vanish.
+        scale = 1 / math.sqrt(shape[-1]) if len(shape) > 1 and "emb" not in key else 0.1
+        weights[key] = torch.empty(shape, dtype=dtype).normal_(std=scale, generator=generator)
     folder.mkdir(parents=True)
     torch.save({"state_dict": weights}, folder / "model.pt")
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -63,6 +71,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=PUBLISHED, default="rq-imagenet-256-3.8b")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--logits", action="store_true", help="Compare the logits of one image as well.")
     parser.add_argument("--folder", help="Where to work; by default a temporary folder.")
     args = parser.parse_args(argv)
 
@@ -72,7 +81,8 @@ def main(argv=None):
         # The transformer reads codes in the codebook of the RQ-VAE that it was trained on.
         vae = original.rqvae_config(original.IMAGENET_AUTOENCODER, n_embed=PUBLISHED[args.size][4], code_depth=4)
         (work / "stage1").mkdir()
-        torch.save({"state_dict": original.random_rqvae(vae)}, work / "stage1" / "model.pt")
+        rqvae = original.random_rqvae(vae)
+        torch.save({"state_dict": rqvae}, work / "stage1" / "model.pt")
         (work / "stage1" / "config.yaml").write_text(yaml.safe_dump(vae))
         there = run("--checkpoint_path", f"{work}/stage2/model.pt", "--config_path", f"{work}/stage2/config.yaml",
                     "--rqvae_path", f"{work}/stage1/model.pt", "--output_dir", f"{work}/transformer",
@@ -87,6 +97,11 @@ def main(argv=None):
         print(f"{args.size}, {num_parameters:,} parameters, {args.dtype}: {shards} shards; there {there[0]:.0f} s, "
               f"{there[1]:.1f} GB; back {back[0]:.0f} s, {back[1]:.1f} GB; every key, shape and value as before: "
               f"{equal}")  # fmt: skip
+        if args.logits:
+            transformer = RQTransformerModel.from_pretrained(work / "transformer").eval()
+            codes = torch.randint(PUBLISHED[args.size][4], (1, 8, 8, 4), generator=torch.Generator().manual_seed(0))
+            difference = check_transformer(transformer, before, published_config(args.size), rqvae, codes)
+            print(f"logits in float64 as the reference's, within 1e-9; in float32 within {difference:.1e}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return 0 if equal else 1
