@@ -29,7 +29,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from rq_draft_revise import DraftAndRevisePipeline, DraftAndReviseScheduler, RQTransformerPipeline
 from rq_draft_revise.data import SkippedRows
 from rq_draft_revise.flags import FlagHelp, add_data_flags, add_training_flags, add_view_flags, check_flags, tracked
-from rq_draft_revise.hub import create_repository, upload
+from rq_draft_revise.publishing import create_repository, upload
 from rq_draft_revise.splits import load_splits, training_batches, validation_sets_of
 from rq_draft_revise.training import (
     MODELS,

@@ -27,9 +27,9 @@ from rq_draft_revise import DraftAndRevisePipeline
 from rq_draft_revise.budget import learning_rate_at
 from rq_draft_revise.conditions import tokenize
 from rq_draft_revise.data import decode_all, load_split, to_pixel_values, training_order
-from rq_draft_revise.hub import create_repository, upload
 from rq_draft_revise.masks import random_mask
 from rq_draft_revise.model_card import model_card
+from rq_draft_revise.publishing import create_repository, upload
 
 
 def parse_args(argv=None):

@@ -51,9 +51,9 @@ from rq_draft_revise.discriminator import (
 )
 from rq_draft_revise.divergence import NonFiniteGuard
 from rq_draft_revise.flags import tracked
-from rq_draft_revise.hub import create_repository, upload
 from rq_draft_revise.interruption import StopSignal
 from rq_draft_revise.losses import PerceptualLoss, reconstruction_loss
+from rq_draft_revise.publishing import create_repository, upload
 
 
 def parse_args(argv=None):

@@ -29,7 +29,7 @@ from rq_draft_revise import (
     DraftAndReviseScheduler,
     RQTransformerPipeline,
     RQVAEModel,
-    hub,
+    publishing,
     training,
 )
 from rq_draft_revise.budget import Budget, learning_rate_at
@@ -723,8 +723,8 @@ def test_pushing_makes_the_repository_first_and_leaves_checkpoints_out(problem, 
         files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
         calls.append(("upload", repo_id, sorted(filter_repo_objects(files, ignore_patterns=ignore_patterns))))
 
-    monkeypatch.setattr(hub, "create_repo", create_repo)
-    monkeypatch.setattr(hub, "upload_folder", upload_folder)
+    monkeypatch.setattr(publishing, "create_repo", create_repo)
+    monkeypatch.setattr(publishing, "upload_folder", upload_folder)
     train(
         "train_imagenet", problem, tmp_path / "tiny", train_batch_size=4, max_train_steps=1, checkpointing_steps=1,
         push_to_hub=True, cache_codes=True, validation_split="none",

@@ -1,11 +1,11 @@
-"""What publishing on the Hub and loading from it needs beyond diffusers: a filled-in card, and our module paths."""
+"""Publishing on the Hub and loading from it, beyond diffusers: cards, our module paths, the upload after training."""
 
 import shutil
 import tempfile
 from pathlib import Path
 
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-from huggingface_hub import CommitInfo, ModelCard, create_repo
+from huggingface_hub import CommitInfo, ModelCard, create_repo, upload_folder
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
 from .model_card import linked_files, model_card, moved_card, only_variant
@@ -123,3 +123,34 @@ def published_card(repo_id: str, token: str | None = None) -> ModelCard | None:
     except (EntryNotFoundError, RepositoryNotFoundError):
         return None
     return None if EMPTY_CARD in card.content else card
+
+
+# ------------------------------------------------------------------------------------------- from a training script
+
+
+def create_repository(args) -> str | None:
+    """With `--push_to_hub`, make the repository before the training: what is not allowed is said at once. For one
+    process to call.
+
+    Args:
+        args: `push_to_hub`, `hub_model_id`, `hub_token`, `hub_private_repo`, `output_dir`.
+
+    Returns:
+        The repository's id, None without `--push_to_hub`.
+    """
+    if not args.push_to_hub:
+        return None
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    return create_repo(name, token=args.hub_token, private=args.hub_private_repo or None, exist_ok=True).repo_id
+
+
+def upload(args, repo_id: str | None) -> None:
+    """Upload `output_dir` without its checkpoints and cached codes; nothing without a `repo_id`."""
+    if repo_id is not None:
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=args.output_dir,
+            token=args.hub_token,
+            commit_message="End of training",
+            ignore_patterns=["checkpoint-*", "codes*", "runs/*"],
+        )
