@@ -412,10 +412,9 @@ def main(args):
         default_warmup_steps if args.discriminator_warmup_steps is None else args.discriminator_warmup_steps
     )
     adversarial_start_step = args.discriminator_start_step + discriminator_warmup_steps
-    arguments = {name: value for name, value in vars(args).items() if name != "hub_token"}
     progress = {"step": 0, "images": 0, "epoch": 0, "seconds": 0.0, "skipped_steps": 0}
     if args.resume_from_checkpoint is not None:
-        progress = load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint, arguments) or progress
+        progress = load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint, vars(args)) or progress
     step, images_seen = progress["step"], progress["images"]
     log = TrainingLog(accelerator, output_dir, step)
     if args.report_to is not None:
@@ -475,7 +474,7 @@ def main(args):
         epoch = images_seen // len(train_dataset)
         progress = {"step": step, "images": images_seen, "epoch": epoch, "seconds": budget.elapsed()}
         progress["skipped_steps"] = guard.num_skipped
-        save_checkpoint(accelerator, output_dir, progress, arguments, args.checkpoints_total_limit)
+        save_checkpoint(accelerator, output_dir, progress, vars(args), args.checkpoints_total_limit)
 
     # 4. Training
     budget = Budget(accelerator, max_train_steps, args.max_train_seconds, progress["seconds"])

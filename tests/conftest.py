@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 
@@ -12,3 +13,28 @@ for folder in ("examples", "benchmarks", "conversion_scripts", "tests"):
 
 # Tensors of a few thousand numbers: handing them to threads costs more than it saves.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def one_process_on_the_cpu(tmp_path_factory):
+    """For modules that run scripts: accelerate without a GPU, and a cache of data sets of the module's own."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        cache = str(tmp_path_factory.mktemp("cache"))
+        patch.setenv("HF_DATASETS_CACHE", cache)  # for processes that the tests start
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)  # 5 s after each epoch of a stream
+        yield
+
+
+@pytest.fixture
+def no_trace():
+    """accelerate's state is one a process, and the scripts seed the global random state."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    with torch.random.fork_rng(devices=[]):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

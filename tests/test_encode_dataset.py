@@ -23,21 +23,7 @@ NUM_IMAGES = 11
 CAPTIONS = ["a cat at dusk", "an owl in the snow", " ", "the volcano"]  # the third is empty
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_process_on_the_cpu(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)  # 5 s after each epoch of a stream
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_trace():
-    with torch.random.fork_rng(devices=[]):
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("one_process_on_the_cpu", "no_trace")
 
 
 @pytest.fixture(scope="module")

@@ -48,23 +48,7 @@ def load_script(path: Path):
 script = load_script(ROOT / "examples" / "evaluate.py")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_process_on_the_cpu(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        cache = str(tmp_path_factory.mktemp("cache"))
-        patch.setenv("HF_DATASETS_CACHE", cache)  # for processes that the tests start
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_trace():
-    """accelerate's state is one a process, and training seeds the global random state."""
-    with torch.random.fork_rng(devices=[]):
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("one_process_on_the_cpu", "no_trace")
 
 
 def tiny_classifier(size: int) -> ImageClassifierModel:

@@ -45,24 +45,7 @@ CAPTIONS = ["a cat at dusk", "an owl in the snow", "the volcano", "rocket at nig
 NAMES = ["dusk", "snow", "volcano", "rocket", "night"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_process_on_the_cpu(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        cache = str(tmp_path_factory.mktemp("cache"))
-        patch.setenv("HF_DATASETS_CACHE", cache)  # for processes that the tests start
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)  # 5 s after each epoch of a stream
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_trace():
-    """accelerate's state is one a process, and the scripts seed the global random state."""
-    with torch.random.fork_rng(devices=[]):
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("one_process_on_the_cpu", "no_trace")
 
 
 @pytest.fixture(scope="module")
