@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import diffusers
 import numpy as np
 import PIL
 import torch
@@ -23,6 +24,11 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+import rq_draft_revise
+from rq_draft_revise.data import load_split
+from rq_draft_revise.provenance import write_json
+from rq_draft_revise.stages import sample_stages
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,50 +246,6 @@ def image_generator(seed: int, group: str, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
-def sample_stages(
-    pipe: Any, prompts: list[str], generators: list[torch.Generator], sampler: dict[str, Any]
-) -> tuple[list[Tensor], float]:
-    """Images after the draft and after each revision, all of the same run.
-
-    Args:
-        pipe: A `DraftAndRevisePipeline`.
-        prompts: One prompt an image, B in all.
-        generators: One generator an image.
-        sampler: The values of `SAMPLER_ARGUMENTS`, none of the numbers of steps left at None.
-
-    Returns:
-        `num_revisions + 1` tensors `(B, 3, H, W)` in [0, 1] on the CPU, and the seconds that sampling the codes took.
-    """
-    draft, revise = sampler["num_inference_steps"], sampler["num_revise_steps"]
-    last_steps = [draft + revision * revise - 1 for revision in range(sampler["num_revisions"] + 1)]
-    stages: dict[int, Tensor] = {}
-
-    def keep_codes(pipe: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
-        if step_index in last_steps:
-            stages[step_index] = callback_kwargs["latents"].clone()  # (B, h, w, D)
-        return callback_kwargs
-
-    start = time.perf_counter()
-    output = pipe(
-        prompt=prompts,
-        generator=generators,
-        output_type="latent",
-        callback_on_step_end=keep_codes,
-        callback_on_step_end_tensor_inputs=["latents"],
-        **sampler,
-    )
-    if output.images.is_cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    # A pipeline that counted its steps otherwise would have its stages mixed up here without a word.
-    if sorted(stages) != last_steps or not torch.equal(stages[last_steps[-1]], output.images):
-        raise RuntimeError(
-            f"Steps {last_steps} should end the draft and each revision, and the codes of the last be the output, but "
-            f"the pipeline's callback came by {sorted(stages)} of them."
-        )
-    return [pipe.decode_latents(stages[step], output_type="pt").float().cpu() for step in last_steps], seconds
-
-
 @torch.no_grad()
 def reconstruct(vae: Any, images: Tensor, batch_size: int) -> Tensor:
     """Encode and decode `(N, 3, H, W)` uint8 images by the RQ-VAE; returns them in [0, 1] on the CPU."""
@@ -328,8 +290,8 @@ def evaluate_pipeline(
         batches, seconds[group] = [], 0.0
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
-            stages, spent = sample_stages(pipe, prompts[batch], generators[batch], sampler)
-            batches.append(stages)
+            stages, spent = sample_stages(pipe, generators[batch], {"prompt": prompts[batch]}, **sampler)
+            batches.append([pipe.decode_latents(codes, output_type="pt").float().cpu() for codes in stages])
             seconds[group] += spent
             print(f"{group}: {min(start + batch_size, len(prompts))} of {len(prompts)} images", flush=True)
         stages = [torch.cat(parts) for parts in zip(*batches)]  # each (N, 3, H, W)
@@ -404,12 +366,6 @@ def grid_columns(
 
 def evaluate(args: argparse.Namespace) -> None:
     """Print the table of accuracies and write all that belongs to it as JSON."""
-    # Imported here, so that `build` needs no package but those at the top of this file.
-    import diffusers
-
-    import rq_draft_revise
-    from rq_draft_revise.data import load_split
-
     for path in filter(None, (args.output, args.grid)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)  # before the long work, not after it
     # (`datasets.load_dataset` by itself would return what it once read from a folder of this name, rebuilt or not.)
@@ -452,7 +408,4 @@ def evaluate(args: argparse.Namespace) -> None:
         "num_threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | versions,
     }
-    output = Path(args.output)
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
-    aside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, output)
+    write_json(Path(args.output), results)

@@ -14,16 +14,12 @@ depend on.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import inspect
 import json
-import platform
-import subprocess
 import time
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +51,21 @@ from rq_draft_revise.metrics import (
     psnr,
     ssim,
 )
+from rq_draft_revise.provenance import (
+    check_same_run,
+    file_sha256,
+    git_revision,
+    hardware,
+    image_digest,
+    image_seed,
+    library_versions,
+    public,
+    write_json,
+)
 
 
 GENERATION_METRICS = ("fid", "inception_score", "precision_recall", "clip_score")
 RECONSTRUCTION_METRICS = ("rfid", "psnr", "ssim", "lpips")
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "numpy", "pillow", "torch-fidelity",
-            "lpips")  # fmt: skip
 NEIGHBOR = 3  # k of precision and recall
 SAMPLER_ARGUMENTS = ("num_inference_steps", "num_revise_steps", "num_revisions", "guidance_scale", "temperature",
                      "draft_guidance_scale", "draft_temperature", "selection", "top_k", "top_p")  # fmt: skip
@@ -187,15 +192,6 @@ def conditions_of_all_images(args, transformer) -> tuple[str | None, list]:
     return name, choices * (num_images // len(choices))
 
 
-def image_seed(seed: int, index: int) -> int:
-    """Of the generator of image `index`, which thereby depends on nothing else of the run.
-
-    Not `seed + index`: runs of seeds 0 and 1 would share nearly all their images.
-    """
-    high, low = np.random.SeedSequence([seed, index]).generate_state(2)
-    return int(high >> 1) << 32 | int(low)
-
-
 class Sampling:
     """Images of a pipeline."""
 
@@ -320,11 +316,6 @@ def load_saved_images(output_dir: Path, indices: range) -> torch.Tensor | None:
     if not all(path.is_file() for path in paths):
         return None
     return torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in paths])
-
-
-def image_digest(image: torch.Tensor) -> int:
-    """63 bits that tell images apart."""
-    return int.from_bytes(hashlib.sha256(image.contiguous().numpy().tobytes()).digest()[:8], "big") >> 1
 
 
 @dataclasses.dataclass
@@ -481,65 +472,6 @@ def load_reference(args, work, networks: Networks) -> ReferenceStatistics | None
     return reference
 
 
-# ----------------------------------------------------------------------------------------------------------- record
-
-
-def public(config) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def file_sha256(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def write_json(path: Path, content: dict) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "rq_draft_revise": rq_draft_revise.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # not a checkout
-        found["git_revision"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return found
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processor": platform.processor() or platform.machine(),
-        "num_threads": torch.get_num_threads(),
-    }
-
-
-def check_same_run(output_dir: Path, record: dict[str, Any]) -> None:
-    """Refuse to go on with the images of another run; write down what this one's depend on."""
-    path = output_dir / "run.json"
-    record = json.loads(json.dumps(record))
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        different = [name for name in record.keys() | before.keys() if record.get(name) != before.get(name)]
-        if different:
-            name = sorted(different)[0]
-            raise ValueError(
-                f"--output_dir {output_dir} holds images of another run: its {name} is {before.get(name)}, and now it "
-                f"is {record.get(name)}. Give another folder, or delete this one."
-            )
-    else:
-        write_json(path, record)
-
-
 # ------------------------------------------------------------------------------------------------------------- main
 
 
@@ -632,7 +564,8 @@ def main(args):
             },
             "num_processes": sorted({r["num_processes"] for r in records}),
             "hardware": [json.loads(machine) for machine in sorted({json.dumps(r["hardware"]) for r in records})],
-            "versions": versions(),
+            "versions": library_versions(),
+            "git_revision": git_revision(),
             "arguments": vars(args),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }  # fmt: skip

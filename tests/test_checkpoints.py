@@ -106,7 +106,7 @@ def test_another_version_of_a_library_is_said_and_goes_on(tmp_path, monkeypatch,
     run = Run().save(tmp_path)
     run.load(tmp_path)
     assert "Note" not in capsys.readouterr().out
-    monkeypatch.setattr(checkpoints, "_versions", lambda: {"torch": "99.0"})
+    monkeypatch.setattr(checkpoints, "library_versions", lambda: {"torch": "99.0"})
     run.load(tmp_path)
     assert f"torch was {torch.__version__}" in capsys.readouterr().out
 

@@ -26,6 +26,8 @@ import emoji_evaluation  # noqa: E402
 import emoji_scenes  # noqa: E402
 from emoji_scenes import BACKDROPS, OBJECTS, captions, draw_scene, find_font, pairs  # noqa: E402
 
+from rq_draft_revise.stages import sample_stages  # noqa: E402
+
 
 try:
     find_font()
@@ -314,6 +316,7 @@ class CountingPipeline:
         self.resolution = resolution
         self.prompts: list[str] = []
         self.first_draws: list[float] = []
+        self.device, self.scheduler = torch.device("cpu"), SimpleNamespace(config=dict(SAMPLER))
         self.vae = SimpleNamespace(
             device=torch.device("cpu"),
             dtype=torch.float32,
@@ -340,11 +343,12 @@ class CountingPipeline:
 SAMPLER = dict(num_inference_steps=5, num_revise_steps=2, num_revisions=3, guidance_scale=1.5, temperature=0.8)
 
 
-def test_stages_are_the_images_after_the_draft_and_after_each_revision():
+def test_stages_are_the_codes_after_the_draft_and_after_each_revision():
     generators = [torch.Generator(), torch.Generator()]
-    stages, seconds = emoji_evaluation.sample_stages(CountingPipeline(), ["a", "b"], generators, SAMPLER)
-    assert [round(100 * stage.mean().item()) for stage in stages] == [5, 7, 9, 11]
-    assert all(stage.shape == (2, 3, 16, 16) for stage in stages)
+    for sampler in (SAMPLER, {}, {"num_revisions": None}):  # given, or the scheduler's defaults
+        stages, seconds = sample_stages(CountingPipeline(), generators, {"prompt": ["a", "b"]}, **sampler)
+        assert [stage.flatten().tolist() for stage in stages] == [[5, 5], [7, 7], [9, 9], [11, 11]]
+        assert all(stage.shape == (2, 1, 1, 1) for stage in stages)
     assert seconds > 0
 
 
@@ -357,7 +361,7 @@ def test_stages_of_a_pipeline_that_counts_otherwise_are_refused():
             return super().__call__(callback_on_step_end=skip_last, **arguments)
 
     with pytest.raises(RuntimeError, match="Steps"):
-        emoji_evaluation.sample_stages(WithoutLastStep(), ["a"], [torch.Generator()], SAMPLER)
+        sample_stages(WithoutLastStep(), [torch.Generator()], {"prompt": ["a"]}, **SAMPLER)
 
 
 @needs_font

@@ -9,20 +9,18 @@ registered objects, each process's random states; sharded where FSDP shards), an
 Both functions are handed the run's `accelerate.Accelerator`; nothing of accelerate is imported with this module.
 """
 
-import functools
 import json
 import os
-import platform
 import shutil
-import subprocess
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .provenance import git_revision, library_versions
 
 
 if TYPE_CHECKING:
@@ -56,9 +54,6 @@ CHANGEABLE = frozenset(
         "hub_private_repo",
     ]
 )
-
-LIBRARIES = ("accelerate", "diffusers", "transformers", "datasets", "safetensors", "numpy", "rq_draft_revise")
-
 
 # --------------------------------------------------------------------------------------------------------- on the disk
 
@@ -189,35 +184,6 @@ def _finish_interrupted(output_dir: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-@functools.cache
-def _git_revision() -> str | None:
-    """The commit that this file is of, with `-dirty` where the checkout has changes; None outside of a checkout."""
-    here = Path(__file__)
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # to look only: `describe --dirty` updates the index
-        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment)
-        return result.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # or it is installed into somebody else's checkout
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "torch": torch.__version__}  # with the build: +cpu, +cu130
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
 def _as_json(arguments: dict[str, Any]) -> dict[str, Any]:
     """What reading the arguments back will give: paths as text, tuples as lists; and no secrets."""
     return json.loads(json.dumps({k: v for k, v in arguments.items() if not k.endswith("_token")}, default=str))
@@ -295,8 +261,8 @@ def save_checkpoint(
     record = progress | {
         "arguments": _as_json(arguments),
         "launch": _launch(accelerator),
-        "git_revision": _git_revision(),
-        "versions": _versions(),
+        "git_revision": git_revision(),
+        "versions": library_versions(),
     }
 
     def attempt(function: Callable[[], Any]) -> None:
@@ -417,7 +383,7 @@ def load_checkpoint(
     if faults:
         raise ValueError(f"{folder} does not fit this run: {'; '.join(faults)}.") from error
     accelerator.print(f"Resuming from {folder}")
-    now = {"git revision": _git_revision(), **_versions()}
+    now = {"git revision": git_revision(), **library_versions()}
     for name, before in {"git revision": saved["git_revision"], **saved["versions"]}.items():
         if now.get(name) != before:
             accelerator.print(

@@ -1,0 +1,110 @@
+"""What images of an evaluation and their scores depend on: the seed of each image, and the record of a run."""
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+LIBRARIES = (
+    "accelerate", "diffusers", "transformers", "datasets", "safetensors", "numpy", "pillow", "torch-fidelity", "lpips",
+    "rq_draft_revise",
+)  # fmt: skip
+
+
+def image_seed(seed: int, index: int) -> int:
+    """Of the generator of image `index`, which thereby depends on nothing else of the run.
+
+    Not `seed + index`: runs of seeds 0 and 1 would share nearly all their images.
+    """
+    high, low = np.random.SeedSequence([seed, index]).generate_state(2)
+    return int(high >> 1) << 32 | int(low)
+
+
+def image_digest(image: torch.Tensor) -> int:
+    """63 bits that tell images apart."""
+    return int.from_bytes(hashlib.sha256(image.contiguous().numpy().tobytes()).digest()[:8], "big") >> 1
+
+
+def public(config) -> dict[str, Any]:
+    """A config without its private entries, which say how it was saved."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def file_sha256(path: str | Path) -> str:
+    """Digest of a file of any size."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Written aside and renamed: there is never half a file."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+@functools.cache
+def git_revision() -> str | None:
+    """The commit that this file is of, with `-dirty` where the checkout has changes; None outside of a checkout."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # to look only: `describe --dirty` updates the index
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment)
+        return result.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # or it is installed into somebody else's checkout
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@functools.cache
+def library_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "torch": torch.__version__}  # with the build: +cpu, +cu130
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What a time was measured on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": platform.processor() or platform.machine(),
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def check_same_run(output_dir: Path, record: dict[str, Any]) -> None:
+    """Refuse to go on with the images of another run; write down what this one's depend on."""
+    path = output_dir / "run.json"
+    record = json.loads(json.dumps(record))
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        different = [name for name in record.keys() | before.keys() if record.get(name) != before.get(name)]
+        if different:
+            name = sorted(different)[0]
+            raise ValueError(
+                f"--output_dir {output_dir} holds images of another run: its {name} is {before.get(name)}, and now it "
+                f"is {record.get(name)}. Give another folder, or delete this one."
+            )
+    else:
+        write_json(path, record)
