@@ -292,7 +292,7 @@ def evaluate_pipeline(
             batch = slice(start, start + batch_size)
             stages, spent = sample_stages(pipe, generators[batch], {"prompt": prompts[batch]}, **sampler)
             batches.append([pipe.decode_latents(codes, output_type="pt").float().cpu() for codes in stages])
-            seconds[group] += spent
+            seconds[group] += spent[-1]
             print(f"{group}: {min(start + batch_size, len(prompts))} of {len(prompts)} images", flush=True)
         stages = [torch.cat(parts) for parts in zip(*batches)]  # each (N, 3, H, W)
         if stages[0].shape[1:] != images.shape[1:]:

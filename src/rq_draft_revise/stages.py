@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def sample_stages(
     pipe: "DraftAndRevisePipeline", generators: list[torch.Generator], condition: dict[str, list], **sampler: Any
-) -> tuple[list[torch.Tensor], float]:
+) -> tuple[list[torch.Tensor], list[float]]:
     """The codes after the draft and after each revision, all of the same run.
 
     A draft does not depend on the revisions after it, nor a revision on those after it: so one long run holds what
@@ -25,8 +25,8 @@ def sample_stages(
         sampler: Arguments of the pipeline's call; what is not given or None is the scheduler's default.
 
     Returns:
-        `num_revisions + 1` code maps `(B, h, w, D)`, and the seconds that they took: of the process on the CPU, where
-        other programs may run beside it, else by the clock.
+        `num_revisions + 1` code maps `(B, h, w, D)`, and the seconds that each took from the beginning: of the process
+        on the CPU, where other programs may run beside it, else by the clock.
 
     Raises:
         `RuntimeError`: the pipeline took other steps than its scheduler was set to.
@@ -37,21 +37,25 @@ def sample_stages(
     sampler |= dict(zip(counts, (draft, revise, revisions)))
     last_steps = [draft + revision * revise - 1 for revision in range(revisions + 1)]
     stages: dict[int, torch.Tensor] = {}
+    seconds: list[float] = []
+
+    def now() -> float:
+        if pipe.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     def keep_codes(pipe, step: int, timestep, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
         if step in last_steps:
             stages[step] = callback_kwargs["latents"].clone()  # (B, h, w, D)
+            seconds.append(now() - start)
         return callback_kwargs
 
     images = {} if condition else {"num_images_per_prompt": len(generators)}
-    clock = time.process_time if pipe.device.type == "cpu" else time.perf_counter
-    start = clock()
+    start = now()
     codes = pipe(
         **condition, **images, generator=generators, output_type="latent", callback_on_step_end=keep_codes, **sampler
     ).images
-    if codes.is_cuda:
-        torch.cuda.synchronize()
-    seconds = clock() - start
     # A pipeline that counted its steps otherwise would have its stages mixed up here without a word.
     if sorted(stages) != last_steps or not torch.equal(stages[last_steps[-1]], codes):
         raise RuntimeError(
