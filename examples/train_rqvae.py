@@ -287,7 +287,7 @@ def reconstruction_metrics(rqvae, images, batch_size, accelerator):
 
 @torch.no_grad()
 def save_grid(rqvae, images, path, accelerator, columns=8):
-    """Write a PNG of `images`, each row of originals above the row of their reconstructions; return it `(H, W, 3)`."""
+    """Write a PNG of `images`, each row of originals above the row of their reconstructions."""
     with accelerator.autocast():
         sample = rqvae(to_pixel_values(images.to(accelerator.device))).sample.float()
     sample = ((sample.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
@@ -296,9 +296,7 @@ def save_grid(rqvae, images, path, accelerator, columns=8):
         for row in (originals, reconstructions):
             row = torch.cat(list(row), dim=2)
             rows.append(F.pad(row, (0, columns * images.shape[-1] - row.shape[-1])))
-    grid = torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
-    Image.fromarray(grid).save(path)
-    return grid
+    Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy()).save(path)
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -452,10 +450,8 @@ def main(args):
         train = reconstruction_metrics(rqvae, compared_images, batch_size, accelerator)
         if accelerator.is_main_process:
             path = output_dir / f"reconstructions-{step:07d}.png"
-            grid = save_grid(rqvae, validation_images[:16], path, accelerator)
-            for tracker in accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    tracker.log_images({"reconstructions": [grid]}, step=step)
+            save_grid(rqvae, validation_images[:16], path, accelerator)
+            log.write_image("reconstructions", path, step)
         if ema is not None:
             ema.restore(rqvae.parameters())
         rqvae.train()

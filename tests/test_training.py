@@ -201,8 +201,12 @@ def test_trackers_get_every_number_of_an_entry_a_list_place_by_place(tmp_path):
     accelerator.init_trackers("run")
     log = TrainingLog(accelerator, tmp_path, 0)
     log.write({"kind": "train", "step": 7, "loss": 0.5, "usage": [0.25, 1.0]}, "step 7")
+    log.write({"kind": "validation", "split": "test", "step": 7, "loss": 0.75}, "step 7")
     log.close()
-    assert recorder.entries == [(7, {"step": 7, "loss": 0.5, "usage/0": 0.25, "usage/1": 1.0})]
+    assert recorder.entries == [
+        (7, {"train/loss": 0.5, "train/usage/0": 0.25, "train/usage/1": 1.0}),
+        (7, {"validation/test/loss": 0.75}),
+    ]
 
 
 @pytest.mark.parametrize("script", TRAINERS)

@@ -18,7 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from .provenance import git_revision, library_versions
 
@@ -464,14 +466,34 @@ class TrainingLog:
         self._file = path.open("a", buffering=1)
 
     def write(self, entry: dict[str, Any], line: str) -> None:
-        """Append `entry`, which has a `step`, and print `line`, which says the same to a person."""
+        """Append `entry`, which has a `step`, and print `line`, which says the same to a person.
+
+        Trackers get its numbers as `<kind>/<name>`, or `<kind>/<split>/<name>`: training and validation of one step
+        measure things of the same name.
+        """
         if self._file is not None:
             self._file.write(json.dumps(entry) + "\n")
             print(line, flush=True)
+        prefix = "".join(f"{entry[name]}/" for name in ("kind", "split") if name in entry)
         flat = {}
         for name, value in entry.items():  # trackers take numbers: a list becomes one a place
             flat |= {f"{name}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
-        self._accelerator.log({k: v for k, v in flat.items() if isinstance(v, (int, float))}, step=entry["step"])
+        numbers = {prefix + k: v for k, v in flat.items() if isinstance(v, (int, float)) and k != "step"}
+        self._accelerator.log(numbers, step=entry["step"])
+
+    def write_image(self, name: str, path: str | Path, step: int) -> None:
+        """Hand the picture in the file `path` to those trackers that take pictures. For the main process to call."""
+        with Image.open(path) as picture:
+            image = np.asarray(picture.convert("RGB"))  # (H, W, 3)
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "tensorboard":  # a batch, and not a list
+                tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")
+            elif tracker.name == "trackio":  # accelerate's has only `log`
+                import trackio
+
+                tracker.log({name: trackio.Image(image)}, step=step)
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({name: [image]}, step=step)
 
     def close(self) -> None:
         """Close the file; nothing can be written after that."""

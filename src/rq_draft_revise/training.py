@@ -264,11 +264,9 @@ def train(
         if args.num_validation_images:
             images = sample_images(pipeline, sample_condition, args.num_validation_images, accelerator)
             if accelerator.is_main_process:
-                save_grid(images, output_dir / f"samples-{step:07d}.png")
-                for tracker in accelerator.trackers:
-                    if hasattr(tracker, "log_images"):
-                        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                        tracker.log_images({"samples": images}, step=step, **layout)
+                path = output_dir / f"samples-{step:07d}.png"
+                save_grid(images, path)
+                log.write_image("samples", path, step)
         reshard(model)
         if ema is not None:
             ema.restore(parameters)
