@@ -101,12 +101,6 @@ def _is_finite(value) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= torch.finfo(torch.float32).max
 
 
-def _block_sizes(num_positions: int, num_steps: int) -> list[int]:
-    """Sizes of a balanced partition: they differ by one at most and sum to `num_positions`."""
-    bounds = [step * num_positions // num_steps for step in range(num_steps + 1)]
-    return [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
-
-
 class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
     r"""Draft-and-Revise sampling (sections 3.3 and 3.4): first every position is drafted once, block by block; then
     the whole image is revised `num_revisions` times, each time along a fresh partition into `num_revise_steps` blocks,
@@ -256,39 +250,36 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
             )
         check_generator(generator, batch_size)
 
+        # Everything random of an image comes from its own generator, phase by phase, so that a draft does not depend
+        # on the revisions after it; the rest is done for all images at once.
         images = []
         for row in range(batch_size):
             source = generator[row] if isinstance(generator, (list, tuple)) else generator
-            images.append(self._draw_image(masked[row], region[row], code_depth, source))
+            images.append(self._draw_image(int(masked[row].sum()), num_positions, code_depth, source))
+        keys = [torch.stack(phase) for phase in zip(*(image[0] for image in images), strict=True)]
+        uniforms = [torch.stack(phase) for phase in zip(*(image[1] for image in images), strict=True)]
 
         self.mask_token_id = mask_token_id
         self._shape, device = sample.shape, sample.device
-        # One partition a phase, one tensor of keys and uniforms a phase; the images of a batch side by side.
-        self._keys = [torch.stack(keys).to(device) for keys in zip(*(image[0] for image in images), strict=True)]
-        self._uniforms = [torch.stack(u).to(device) for u in zip(*(image[1] for image in images), strict=True)]
-        self._blocks = []
-        for timestep in range(len(self.timesteps)):
-            blocks = [image[2][timestep] for image in images]
-            size = max(len(block) for block in blocks)
-            padded = torch.full((batch_size, size), num_positions)  # one past the end: `step` writes there in vain
-            for row, block in enumerate(blocks):
-                padded[row, : len(block)] = block
-            self._blocks.append(padded.to(device))
-        self._sizes = [torch.tensor([len(image[2][t]) for image in images]) for t in range(len(self.timesteps))]
+        self._blocks, sizes = self._cut(keys[0][:, 0] if keys[0].shape[1] else None, masked, self.num_inference_steps)
+        for phase_keys in keys[1:]:
+            blocks, phase_sizes = self._cut(phase_keys[:, 0], region, self.num_revise_steps)
+            self._blocks, sizes = self._blocks + blocks, sizes + phase_sizes
         self._remaining = []
         remaining = masked.sum(dim=1)
-        for timestep in range(self.num_inference_steps):
-            self._remaining.append((remaining.clone().to(device), int(remaining.max())))
-            remaining = remaining - self._sizes[timestep]
-        self._sizes = [sizes.to(device) for sizes in self._sizes]
+        for size in sizes[: self.num_inference_steps]:
+            self._remaining.append((remaining.to(device), int(remaining.max())))
+            remaining = remaining - size
+        self._keys, self._uniforms = [phase.to(device) for phase in keys], [phase.to(device) for phase in uniforms]
+        self._sizes = [size.to(device) for size in sizes]
+        self._blocks = [block.to(device) for block in self._blocks]
 
-    def _draw_image(self, masked, region, code_depth, generator):
-        """Everything random of one image, phase by phase, so that a draft does not depend on the revisions after it.
+    def _draw_image(self, num_masked: int, num_positions: int, code_depth: int, generator: torch.Generator | None):
+        """Keys `(draws, positions)` and uniforms `(draws, positions, code_depth)` of each phase of one image.
 
         An ordering of the positions by random keys, cut into blocks, is a uniformly random partition. Keys are drawn
         for all positions, so that a region covering the whole image gives what no region gives.
         """
-        num_positions, draft_steps = masked.shape[0], self.num_inference_steps
         device = generator.device if generator is not None else "cpu"
 
         def uniform(*shape):
@@ -296,27 +287,44 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
 
         # A confidence strategy predicts a position many times and needs fresh numbers each time. An image that is done
         # before others draws no more than it would alone.
-        draws = 1 if self.selection == "random" else min(draft_steps, int(masked.sum()))
-        keys = [uniform(draws, num_positions)]
-        uniforms = [uniform(draws, num_positions, code_depth)]
-        blocks = self._cut(keys[0][0] if draws else None, masked, draft_steps)
+        draft_steps = self.num_inference_steps
+        draws = 1 if self.selection == "random" else min(draft_steps, num_masked)
+        keys, uniforms = [uniform(draws, num_positions)], [uniform(draws, num_positions, code_depth)]
         if self.selection != "random":
             keys[0] = torch.nn.functional.pad(keys[0], (0, 0, 0, draft_steps - draws))
             uniforms[0] = torch.nn.functional.pad(uniforms[0], (0, 0, 0, 0, 0, draft_steps - draws))
         for _ in range(self.num_revisions):
             keys.append(uniform(1, num_positions))
             uniforms.append(uniform(1, num_positions, code_depth))
-            blocks += self._cut(keys[-1][0], region, self.num_revise_steps)
-        return keys, uniforms, blocks
+        return keys, uniforms
 
     @staticmethod
-    def _cut(keys, positions, num_steps) -> list[torch.Tensor]:
-        """Positions in the order of their keys, in balanced blocks; too few positions leave the last ones empty."""
-        if keys is None or num_steps == 0:
-            return [torch.zeros(0, dtype=torch.int64)] * num_steps
-        order = keys.masked_fill(~positions, torch.inf).argsort()[: int(positions.sum())]
-        steps = max(1, min(num_steps, len(order)))
-        return list(order.split(_block_sizes(len(order), steps))) + [order[:0]] * (num_steps - steps)
+    def _cut(keys, positions, num_steps) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Positions in the order of their keys, in balanced blocks; too few positions leave the last ones empty.
+
+        Args:
+            keys (`torch.Tensor` of shape `(batch_size, num_positions)`).
+            positions (`torch.Tensor` of shape `(batch_size, num_positions)`, bool): Those to cut.
+            num_steps (`int`): Blocks.
+
+        Returns:
+            For each step the block `(batch_size, n)`, filled up with `num_positions`, one past the end, where `step`
+            writes in vain; and how many positions of each image it holds, `(batch_size,)`.
+        """
+        if num_steps == 0:
+            return [], []
+        count = positions.sum(dim=1)  # (B,)
+        order = keys.masked_fill(~positions, torch.inf).argsort(dim=1, stable=True)  # (B, N)
+        filled = torch.nn.functional.pad(order, (0, 1), value=positions.shape[1])  # (B, N + 1)
+        steps = count.clamp(min=1, max=num_steps)
+        bounds = torch.arange(num_steps + 1).unsqueeze(1).minimum(steps) * count // steps  # (steps + 1, B)
+        sizes = bounds.diff(dim=0)  # (steps, B)
+        blocks = []
+        for start, size, longest in zip(bounds, sizes, sizes.amax(dim=1).tolist(), strict=False):
+            offset = torch.arange(longest)
+            index = (start.unsqueeze(1) + offset).masked_fill(offset >= size.unsqueeze(1), positions.shape[1])
+            blocks.append(filled.gather(1, index))
+        return blocks, list(sizes)
 
     def _phase(self, timestep: int) -> int:
         """0 for the draft, m for the m-th revision."""
