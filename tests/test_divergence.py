@@ -1,9 +1,18 @@
 """Steps that are not finite are left out by all processes or by none, and too many of them end the run."""
 
+import json
+import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import train_imagenet
+import train_rqvae
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from kill_test import differing_tensors, flags_of, make_problem
 
 from rq_draft_revise.divergence import NonFiniteGuard
 
@@ -86,3 +95,75 @@ def test_float16_may_search_its_scale_but_not_for_ever():
             assert not scaled_step(guard, scaler, weight, optimizer, float("inf"))
     assert scaler.get_scale() <= 1 and guard.num_skipped < 10 + 10
     assert weight.item() == -10_000
+
+
+# ----------------------------------------------------------------------------- float16, with the trainers' own step
+
+
+class HalfPrecision(Accelerator):
+    """As accelerate is on a GPU with fp16: autocast and a loss scaler. On the CPU it has neither of itself."""
+
+    def __init__(self, **arguments):
+        super().__init__(**{**arguments, "mixed_precision": "fp16"})
+        self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=self.init_scale)
+
+    init_scale = 65_536.0
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory) -> Path:
+    return make_problem(tmp_path_factory.mktemp("divergence") / "problem")
+
+
+def train(script: str, problem: Path, output_dir: Path, **flags) -> list[dict]:
+    """Six steps and the log of them, without the clock."""
+    module = {"train_rqvae": train_rqvae, "train_imagenet": train_imagenet}[script]
+    argv = flags_of(script, problem, output_dir, max_train_steps=6, checkpointing_steps=3)
+    argv += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    module.main(module.parse_args(argv))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    lines = (output_dir / "train_log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if not k.startswith(("seconds", "images_per"))} for x in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_process_on_the_cpu", "no_trace")
+@pytest.mark.parametrize("script", ["train_rqvae", "train_imagenet"])
+def test_float16_trains_as_float32_does_and_resumes_with_its_scale(script, problem, tmp_path, monkeypatch):
+    """Both networks of the GAN, dropout, micro-batches. Losses within 2 %: float16 has 11 bits, six steps amplify."""
+    expected = train(script, problem, tmp_path / "float32")
+    monkeypatch.setattr(sys.modules[script], "Accelerator", HalfPrecision)
+    monkeypatch.setattr(HalfPrecision, "init_scale", 256.0)
+    actual = train(script, problem, tmp_path / "float16", mixed_precision="fp16")
+    assert [entry.get("skipped_steps", 0) for entry in actual] == [0] * len(expected)
+    losses = [[entry["loss"] for entry in log if entry["kind"] == "train"] for log in (expected, actual)]
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+    shutil.copytree(tmp_path / "float16" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    monkeypatch.setattr(HalfPrecision, "init_scale", 65_536.0)  # the checkpoint's counts
+    resumed = train(script, problem, tmp_path / "resumed", mixed_precision="fp16")
+    assert resumed == [entry for entry in actual if entry["step"] > 3]
+    assert differing_tensors(*(tmp_path / run / "checkpoint-6" for run in ("float16", "resumed"))) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_process_on_the_cpu", "no_trace")
+@pytest.mark.parametrize("script", ["train_rqvae", "train_imagenet"])
+def test_float16_that_finds_its_scale_leaves_those_steps_out_and_no_others(script, problem, tmp_path, monkeypatch):
+    """From 2^40 every gradient overflows; each step left out halves the scale, of both networks together."""
+    monkeypatch.setattr(sys.modules[script], "Accelerator", HalfPrecision)
+    monkeypatch.setattr(HalfPrecision, "init_scale", 2.0**40)
+    scalers = []
+    monkeypatch.setattr(NonFiniteGuard, "accepts", recorded(NonFiniteGuard.accepts, scalers))
+    log = train(script, problem, tmp_path, mixed_precision="fp16", max_nonfinite_steps=1)
+    assert [entry["skipped_steps"] for entry in log if entry["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert scalers == [2.0 ** (39 - step) for step in range(6)]
+
+
+def recorded(accepts, scales: list[float]):
+    def accepts_and_records(guard, *arguments):
+        accepted = accepts(guard, *arguments)
+        scales.append(guard._accelerator.scaler.get_scale())
+        return accepted
+
+    return accepts_and_records
