@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/installed
 
-.PHONY: demo test figures style quality clean
+.PHONY: demo test docs figures style quality clean
 
 demo: $(STAMP)-core
 	$(VENV)/bin/python examples/generate.py "a volcano at dusk"
@@ -12,8 +12,16 @@ demo: $(STAMP)-core
 test: $(STAMP)-test
 	$(VENV)/bin/python -m pytest tests -q --timeout=600 -n auto --dist loadfile
 
-# The figures of docs/figures.md, which has the same commands.
+# The documentation as a site, in site/. Strictly: a broken link or reference is an error.
+docs: $(STAMP)-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+# The pictures of docs/quickstart.md, docs/how-it-works.md and docs/figures.md, which have the same commands.
 figures: $(STAMP)-core
+	$(VENV)/bin/python examples/generate.py "a volcano at dusk" "a fox in the desert" "a castle by the sea" \
+	    --num-images 1 --output docs/images/first-pictures.png
+	$(VENV)/bin/python examples/generate.py "a volcano at dusk" --output docs/images/volcano-at-dusk.png
+	$(VENV)/bin/python examples/two_phases.py "a castle by the sea" --output docs/images/two-phases.png
 	$(VENV)/bin/python examples/draft_steps.py "a cat in the snow" "a pumpkin at night" \
 	    --output docs/images/figure-2-draft-steps.png
 	$(VENV)/bin/python examples/caption_grid.py "a cat in the snow" "a fox in the snow" "a penguin in the snow" \
@@ -35,7 +43,7 @@ quality: $(STAMP)-dev
 	$(VENV)/bin/ruff check .
 
 clean:
-	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # The stamps are written last, so that an interrupted installation is taken up again.

@@ -232,7 +232,9 @@ def documented_commands() -> list[list[str]]:
 def test_make_figures_runs_the_documented_commands():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     rule = re.search(r"^figures:.*\n((?:\t.*\n|(?<=\\\n).*\n)+)", makefile, re.M).group(1)
-    assert commands_of(rule) == documented_commands()
+    pages = ("quickstart", "how-it-works", "figures")
+    commands = [c for page in pages for c in commands_of((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"))]
+    assert commands_of(rule) == [command for command in commands if command[-1].startswith("docs/images/")]
     assert {script for script, *_ in documented_commands()} == set(SCRIPTS)
 
 
