@@ -21,11 +21,13 @@ extras = {
     "train": ["datasets", "tensorboard", "torchvision", "lpips", "peft"],
     "eval": ["evaluate", "torch-fidelity>=0.4", "datasets", "torchvision", "lpips"],  # before 0.4 precision was recall
     "app": ["gradio"],
-    "docs": ["mkdocs-material", "mkdocstrings[python]", "matplotlib"],
+    # ruff lays out the signatures of the API pages; matplotlib draws the plots of the pages of results
+    "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff", "matplotlib"],
     # setuptools: the packaging test builds a wheel without the network, and Python 3.12 environments come without it.
     "test": [
         *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "setuptools>=77"),
         *("datasets", "evaluate", "lpips", "peft", "tensorboard", "torch-fidelity>=0.4", "torchvision"),
+        *("mkdocs-material", "mkdocstrings[python]"),  # the strict build of the documentation is a test
     ],
 }
 extras["dev"] = [*extras["test"], "ruff"]
