@@ -1,188 +1,280 @@
-"""What sampling costs: counted operations against the least that they can be, and time against the naive sampler.
+"""What sampling costs: seconds an image, memory, and the share of the hardware's limit, of several models in one run.
 
-    python benchmarks/sampling.py --pipeline pipelines/emoji-scenes --batch_size 8
+    OMP_NUM_THREADS=1 python benchmarks/sampling.py                       # small models of equal width, on the CPU
+    python benchmarks/sampling.py --device cuda --output sampling.json --plot sampling.png      # the published sizes
+    python benchmarks/sampling.py --device cuda --profile profile         # with torch.profiler's table of each case
 
-First table: operations of one draft step, one guided revise step and one training step, counted by torch's
-`FlopCounterMode` on the meta device (nothing is computed), over the analytic count of `benchmarks/flops.py`, for the
-given pipeline and for the sizes of Table 1. Second table: seconds an image of the given pipeline, eager, draft and
-revisions together, and the ratio to the naive sampler of the tests, both in this one run.
+A *case* is a pipeline and a number of draft steps, at a batch size, a dtype and a mode. Weights are random, made in
+the dtype on the device; the calls are those a user makes, with the defaults of the pipeline's config, up to the
+codes. The RQ-VAE's decoding is timed apart. Cases of one batch size, dtype and mode take turns, and the median of
+their runs counts. The mode is `eager` or a mode of `torch.compile`, in which the transformer's call is one graph;
+`reduce-overhead` and `max-autotune` replay it as a CUDA graph.
+
+*Share* is the least time that the hardware allows, as `benchmarks/limits.py` defines it, over the time measured, with
+rate and bandwidth measured in this run. Then the ratios that must hold are printed, each with its figures:
+
+(a) a model with codes of depth D > 1 is at least 10 times faster a sample than one of equal width and blocks with
+    D = 1 and more positions, each with its own T_draft (published: 0.08 and 0.83 s);
+(b) with T_draft 8 a run takes at most 1.15 times its share of the FLOPs of a run with the pipeline's T_draft. Both
+    runs are whole ones but for the decoding: condition, draft, and all revisions of the pipeline's config;
+(c) on an accelerator, batch 100, bfloat16, compiled: ImageNet 371M in 10 ms a sample, 821M in 20 ms.
+
+On the CPU there is one thread, and the times are process time, so that other programs on the machine do not count but
+for what they take of the caches; memory is the peak of the whole process, torch included.
 """
 
 import argparse
 import json
+import platform
+import shlex
+import subprocess
 import sys
-import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 
-import flops
+import diffusers
+import limits
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from random_pipelines import build_pipeline, compile_step
+from sampling_report import laws, print_report
 
-from rq_draft_revise import ContextualRQTransformerModel, DraftAndRevisePipeline
-from rq_draft_revise.conditions import condition_ids
+from rq_draft_revise import DraftAndRevisePipeline
 
 
-PIPELINE = "DraftAndRevisePipeline"
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # the naive sampler is the tests' oracle
-
-from naive_sampler import naive_draft_and_revise  # noqa: E402
+SMALL = ["cifar10-32", "table-2-cifar10-vq", "table-2-cifar10-ar"]
+PUBLISHED = ["imagenet-256-371m", "imagenet-256-821m", "imagenet-256-1.4b", "imagenet-256-vq-350m",
+             "rq-imagenet-256-1.4b", "cc3m-256-366m", "cc3m-256-654m"]  # fmt: skip
+SHORT_DRAFT = 8
+COMPILED_MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", default=str(ROOT / "pipelines/emoji-scenes"), help="Folder to time.")
-    parser.add_argument("--prompt", default="a volcano at dusk", help="For a text-conditional pipeline.")
-    parser.add_argument("--batch_size", type=int, default=8, help="Images at once.")
-    parser.add_argument("--runs", type=int, default=3, help="Timed runs; the fastest counts.")
-    parser.add_argument("--num_inference_steps", type=int, default=None, help="Default: the pipeline's.")
+    parser.add_argument("--pipelines", nargs="+", help="Folders, of which only configs are read. Default: see above.")
+    parser.add_argument("--batch_sizes", nargs="+", type=int, help="Default: 1 16 100, on the CPU 1 4.")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--modes", nargs="+", choices=["eager", *COMPILED_MODES], help="Default: eager, default, and CUDA graphs."
+    )
+    parser.add_argument("--runs", type=int, default=3, help="Timed runs of each case; the median counts.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", help="JSON file for the figures.")
-    return parser.parse_args(argv)
+    parser.add_argument("--plot", help="PNG of the figures; needs matplotlib.")
+    parser.add_argument("--profile", help="Folder for torch.profiler's table of one more run of each case.")
+    args = parser.parse_args(argv)
+    cpu = torch.device(args.device).type == "cpu"
+    args.pipelines = args.pipelines or [str(ROOT / "pipelines" / name) for name in (SMALL if cpu else PUBLISHED)]
+    args.batch_sizes = args.batch_sizes or ([1, 4] if cpu else [1, 16, 100])
+    args.modes = args.modes or (["eager", "default"] if cpu else ["eager", "default", "reduce-overhead"])
+    return args
 
 
-def count_flops(config_folder: Path, batch_size: int) -> list[dict]:
-    """Counted over analytic operations of the three kinds of step of one transformer config."""
-    with torch.device("meta"):
-        transformer = ContextualRQTransformerModel.from_config(
-            {**ContextualRQTransformerModel.load_config(config_folder), "dropout": 0.0}
-        )
-    config = transformer.config
-    shape = (batch_size, config.height, config.width, config.code_depth)
-    defaults = json.loads((config_folder.parent / "scheduler/scheduler_config.json").read_text())
+@dataclass
+class Case:
+    """One row of the report."""
 
-    def zeros(*shape, dtype=torch.float32):
-        return torch.zeros(*shape, dtype=dtype, device="meta")
+    pipeline: str
+    num_inference_steps: int
+    batch_size: int
+    dtype: str
+    mode: str
+    width: tuple[int, int, int]  # d, spatial and depth blocks
+    code_map: tuple[int, int, int]  # h, w, D
+    draft_and_revise: bool
+    parts: list[limits.Part]
+    weight_bytes: int
+    peak_memory: int = 0
+    times: list[float] = field(default_factory=list)
+    decode_times: list[float] = field(default_factory=list)
 
-    def sampling(block_size, guided):
-        arguments = dict(
-            codes=zeros(shape, dtype=torch.int64),
-            positions=zeros(batch_size, block_size, dtype=torch.int64),
-            uniforms=zeros(batch_size, block_size, config.code_depth),
-        )
-        if guided:
-            arguments["guidance_scale"] = zeros(())
-        if transformer.prefix_length:
-            heads = (config.num_attention_heads, config.attention_head_dim)
-            rows = batch_size * (1 + guided)
-            arguments["prefix_key_values"] = zeros(
-                config.num_spatial_layers, 2, rows, transformer.prefix_length, *heads
+    @property
+    def name(self) -> str:
+        return f"{self.pipeline}, T {self.num_inference_steps}"
+
+    @property
+    def read_megabytes(self) -> int:
+        """Memory over which the bandwidth is measured: as much as the weights take."""
+        return max(1, round(self.weight_bytes / 1e6))
+
+    @property
+    def seconds(self) -> float:
+        """An image."""
+        return median(self.times) / self.batch_size
+
+    @property
+    def flops(self) -> float:
+        """An image."""
+        return sum(part.times * part.flops for part in self.parts) / self.batch_size
+
+    def figures(self, rates: dict[str, float], bandwidths: dict[int, float]) -> dict:
+        least = limits.least_seconds(self.parts, rates[self.dtype], bandwidths[self.read_megabytes])
+        left_out = ("parts", "weight_bytes", "peak_memory", "times", "decode_times", "draft_and_revise")
+        return {name: value for name, value in asdict(self).items() if name not in left_out} | {
+            "seconds_per_image": self.seconds,
+            "images_per_second": 1 / self.seconds,
+            "spread": (max(self.times) - min(self.times)) / median(self.times),
+            "decode_seconds_per_image": median(self.decode_times) / self.batch_size,
+            "peak_memory_gb": self.peak_memory / 1e9,
+            "weights_gb": self.weight_bytes / 1e9,
+            "gflop_per_image": self.flops / 1e9,
+            "tflops": self.flops / self.seconds / 1e12,
+            "least_seconds_per_image": least["least"] / self.batch_size,
+            "share_of_limit": least["least"] / self.batch_size / self.seconds,
+            "least_seconds_of_operations": least["operations"] / self.batch_size,
+            "least_seconds_of_bytes": least["bytes"] / self.batch_size,
+        }
+
+
+def cases_of(name: str, pipe, batch_size: int, dtype: str, mode: str) -> list[Case]:
+    """The pipeline's own T_draft, and a short draft where there are stacks of several codes."""
+    config = pipe.transformer.config
+    draft_and_revise = isinstance(pipe, DraftAndRevisePipeline)
+    lengths = [pipe.scheduler.config.num_inference_steps if draft_and_revise else pipe.transformer.num_positions]
+    if draft_and_revise and config.code_depth > 1 and lengths[0] > SHORT_DRAFT:
+        lengths.append(SHORT_DRAFT)
+    cases = []
+    for length in lengths:
+        if draft_and_revise:
+            parts = limits.draft_and_revise_parts(pipe.transformer, pipe.scheduler.config, batch_size, length)
+        else:
+            parts = limits.autoregressive_parts(pipe.transformer, batch_size, guided=pipe.config.guidance_scale != 1)
+        cases.append(
+            Case(
+                pipeline=name,
+                num_inference_steps=length,
+                batch_size=batch_size,
+                dtype=dtype,
+                mode=mode,
+                width=(
+                    config.num_attention_heads * config.attention_head_dim,
+                    config.num_spatial_layers,
+                    config.num_depth_layers,
+                ),
+                code_map=(config.height, config.width, config.code_depth),
+                draft_and_revise=draft_and_revise,
+                parts=parts,
+                weight_bytes=sum(p.numel() * p.element_size() for p in pipe.transformer.parameters()),
             )
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            transformer(**arguments)
-        return counter.get_total_flops()
-
-    def training(block_size):
-        condition = {}
-        if config.num_classes is not None:
-            condition["class_labels"] = zeros(batch_size, dtype=torch.int64)
-        elif config.text_vocab_size is not None:
-            condition["input_ids"] = zeros(batch_size, config.max_text_length, dtype=torch.int64)
-        positions = zeros(batch_size, block_size, dtype=torch.int64)
-        labels = zeros(shape, dtype=torch.int64)
-        with FlopCounterMode(display=False) as counter:
-            transformer(labels, positions, labels=labels, **condition).loss.backward()
-        return counter.get_total_flops()
-
-    num_positions = transformer.num_positions
-    draft = max(1, num_positions // defaults["num_inference_steps"])
-    revise = num_positions // defaults["num_revise_steps"]
-    guided = bool(transformer.prefix_length) and defaults["guidance_scale"] != 1
-    masked = round(num_positions * 0.64)  # mean of the cosine schedule, 2/π
-    rows = [
-        ("draft step", sampling(draft, False), flops.sampling_step(config, batch_size, draft)),
-        ("revise step", sampling(revise, guided), flops.sampling_step(config, batch_size, revise, guided)),
-        (
-            "training step",
-            training(masked),
-            flops.teacher_forcing(config, batch_size, batch_size * masked, trained=True),
-        ),
-    ]
-    return [dict(step=name, gflop=count / 1e9, counted_over_analytic=count / least) for name, count, least in rows]
+        )
+    return cases
 
 
-def fastest(function, runs: int, device: torch.device) -> float:
-    """Seconds of the fastest of some runs, after one to warm up."""
-    times = []
-    for _ in range(runs + 1):
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+def sample(pipe, case: Case, warm_up: bool = False) -> torch.Tensor:
+    """One call, up to the codes. To warm up, all but the first two blocks of the draft are known: no other shapes."""
+    config, size = pipe.transformer.config, case.batch_size
+    arguments = {"generator": [torch.Generator().manual_seed(seed) for seed in range(size)], "output_type": "latent"}
+    if config.num_classes is not None:
+        arguments["class_labels"] = [row % config.num_classes for row in range(size)]
+    elif config.text_vocab_size is not None:
+        arguments["prompt"] = ["a volcano at dusk"] * size
+    else:
+        arguments["num_images_per_prompt"] = size
+    if case.draft_and_revise:
+        arguments["num_inference_steps"] = case.num_inference_steps
+        if warm_up and case.num_inference_steps > 2:
+            latents = pipe.prepare_latents(size)
+            block = pipe.transformer.num_positions // case.num_inference_steps
+            latents.flatten(1, 2)[:, 2 * block :] = 0
+            arguments |= {"latents": latents, "num_inference_steps": 2, "num_revisions": 1}
+            arguments.pop("num_images_per_prompt", None)
+    return pipe(**arguments).images
 
 
-def time_sampling(args) -> dict:
-    """Seconds an image of the fast and of the naive sampler, decoding left out, and whether their codes are equal."""
-    device = torch.device(args.device)
-    pipe = DraftAndRevisePipeline.from_pretrained(args.pipeline, torch_dtype=torch.float32).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    transformer, scheduler = pipe.transformer, pipe.scheduler
-    condition, naive = {}, {}
-    if transformer.config.text_vocab_size is not None:
-        condition["prompt"] = [args.prompt] * args.batch_size
-        naive = condition_ids(transformer, pipe.tokenizer, prompt=condition["prompt"], device=device)
-    elif transformer.config.num_classes is not None:
-        condition["class_labels"] = list(range(args.batch_size))
-        naive["class_labels"] = torch.arange(args.batch_size, device=device)
-    null = {name: torch.full_like(value, transformer.null_condition_id) for name, value in naive.items()}
-    steps = args.num_inference_steps or scheduler.config.num_inference_steps
+def time_cases(pipes: dict, cases: list[Case], args, device: torch.device) -> None:
+    """Fill in times and memory; the cases take turns."""
+    for case in cases:
+        sample(pipes[case.pipeline], case, warm_up=True)
+    for run in range(args.runs):
+        for case in cases:
+            pipe = pipes[case.pipeline]
+            others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+            codes = []
+            limits.reset_peak_memory(device)
+            case.times.append(limits.seconds(lambda: codes.append(sample(pipe, case)), device))  # noqa: B023
+            if run == 0:  # of the other models in memory only what this one needs itself
+                own = case.weight_bytes if device.type == "cuda" else 0
+                case.peak_memory = limits.peak_memory(device) - others + own
+            decode = lambda: pipe.decode_latents(codes[0], "pt")  # noqa: B023, E731
+            if run == 0:
+                decode()  # to warm up
+            case.decode_times.append(limits.seconds(decode, device))
 
-    def generators():
-        return [torch.Generator().manual_seed(seed) for seed in range(args.batch_size)]
 
-    def fast():
-        count = {} if condition else dict(num_images_per_prompt=args.batch_size)
-        return pipe(
-            **condition, **count, num_inference_steps=steps, generator=generators(), output_type="latent"
-        ).images
-
-    def slow():
-        scheduler.set_timesteps(steps)
-        codes = pipe.prepare_latents(args.batch_size)
-        return naive_draft_and_revise(transformer, scheduler, codes, naive, null, generators())
-
-    codes = fast()
-    agreement = (codes == slow()).float().mean().item()
-    fast_seconds, slow_seconds = fastest(fast, args.runs, device), fastest(slow, 1, device)
-    decode_seconds = fastest(lambda: pipe.decode_latents(codes, "pt"), args.runs, device)
-    return dict(
-        batch_size=args.batch_size,
-        num_inference_steps=steps,
-        seconds_per_image=fast_seconds / args.batch_size,
-        naive_seconds_per_image=slow_seconds / args.batch_size,
-        naive_over_fast=slow_seconds / fast_seconds,
-        decode_seconds_per_image=decode_seconds / args.batch_size,
-        equal_codes=agreement,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-    )
+def profile(pipes: dict, cases: list[Case], folder: Path, device: torch.device) -> None:
+    """torch.profiler's table of one run of each case, the operators that take longest first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cpu = device.type == "cpu"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (not cpu)
+    for case in cases:
+        with torch.profiler.profile(activities=activities) as profiler:
+            sample(pipes[case.pipeline], case)
+        table = profiler.key_averages().table(
+            sort_by="self_cpu_time_total" if cpu else "self_device_time_total", row_limit=40, max_name_column_width=70
+        )
+        name = f"{case.pipeline}-T{case.num_inference_steps}-{case.dtype}-{case.mode}-batch{case.batch_size}.txt"
+        (folder / name).write_text(f"{case.name}, {case.seconds:.4g} s an image without the profiler\n\n{table}\n")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    given = Path(args.pipeline)
-    configs = sorted(path.parent.parent for path in (ROOT / "pipelines").glob("*/transformer/config.json"))
-    folders = [given] + [
-        folder
-        for folder in configs
-        if folder.name != given.name
-        and json.loads((folder / "model_index.json").read_text())["_class_name"] == PIPELINE
-    ]
-    report = {"flops": {}, "sampling": None}
-    print(f"{'pipeline':<22}{'step':<15}{'GFLOP an image':>15}{'over analytic':>15}")
-    for folder in folders:
-        rows = count_flops(folder / "transformer", batch_size=2)
-        report["flops"][folder.name] = rows
-        for row in rows:
-            print(f"{folder.name:<22}{row['step']:<15}{row['gflop'] / 2:>15.3f}{row['counted_over_analytic']:>15.4f}")
-    report["sampling"] = time_sampling(args)
-    print()
-    for name, value in report["sampling"].items():
-        print(f"{name:<26}{value:.4g}" if isinstance(value, float) else f"{name:<26}{value}")
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # all sizes of the batch and of the block are graphs of their own
+    cases, rates, bandwidths = [], {}, {}
+    for dtype in args.dtypes:
+        for mode in args.modes:
+            folders = [Path(folder) for folder in args.pipelines]
+            pipes = {folder.name: build_pipeline(folder, getattr(torch, dtype), device) for folder in folders}
+            for pipe in pipes.values():
+                compile_step(pipe, mode)
+            for batch_size in args.batch_sizes:
+                group = [
+                    case for name, pipe in pipes.items() for case in cases_of(name, pipe, batch_size, dtype, mode)
+                ]
+                time_cases(pipes, group, args, device)
+                # between the cases, so that rates and times are of the same hour of a machine that is shared
+                rates[dtype] = max(rates.get(dtype, 0), limits.matrix_product_rate(device, getattr(torch, dtype)))
+                for size in {case.read_megabytes for case in group}:
+                    bandwidths[size] = max(bandwidths.get(size, 0), limits.bandwidth(device, size * 10**6))
+                if args.profile:
+                    profile(pipes, group, Path(args.profile), device)
+                cases += group
+                for case in group:
+                    print(f"{case.name}, batch {batch_size}, {dtype}, {mode}: {case.seconds:.4g} s", file=sys.stderr)
+                if mode != "eager":
+                    torch.compiler.reset()
+            del pipes, pipe
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    report = {
+        "command": shlex.join(sys.argv),
+        "git_revision": revision,
+        "seed": 0,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+        "hardware": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "flop_per_second": rates,
+            "bytes_per_second_over_mb": {str(size): value for size, value in sorted(bandwidths.items())},
+        },
+        "runs": args.runs,
+        "cases": [case.figures(rates, bandwidths) for case in cases],
+        "laws": laws(cases, on_cpu=device.type == "cpu"),
+    }
+    print_report(report)
     if args.output:
         Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
+    if args.plot:
+        from sampling_plot import plot
+
+        plot(report, args.plot)
 
 
 if __name__ == "__main__":
