@@ -154,9 +154,12 @@ class Model:
     Args:
         width (`int`, defaults to 8), depth (`dict[str, int]`): Of shape `(a: b)`, two
             lines of it.
+        top_p (`float` in (0, 1], *optional*): A share (of all): yes.
+        size (`int`), kwargs: As in `f`.
+        one, two: Both.
 
     Raises:
-        `ValueError`: never.
+        `ValueError`: never (or so): we hope.
     """
 
     def forward(self):
@@ -181,12 +184,14 @@ def test_docstrings_become_markdown(caplog):
         text = module["Model"].docstring.value
         assert '<autoref optional identifier="sample.Model.forward"><code>Model.forward</code></autoref>' in text
         assert 'identifier="sample.rate"' in text
-        (entry,) = re.findall(r"\*\*Arguments\*\*\n\n(.*)\n\n", text)
-        assert (
-            entry
-            == "- `width` (`int`, defaults to 8), `depth` (`dict[str, int]`): Of shape `(a: b)`, two lines of it."
-        )
-        assert "**Raises**\n\n- `ValueError`: never." in text
+        (arguments,) = re.findall(r"\*\*Arguments\*\*\n\n(.*?)\n\n", text, re.S)
+        assert arguments.splitlines() == [
+            "- `width` (`int`, defaults to 8), `depth` (`dict[str, int]`): Of shape `(a: b)`, two lines of it.",
+            "- `top_p` (`float` in (0, 1], *optional*): A share (of all): yes.",
+            "- `size` (`int`), `kwargs`: As in `f`.",
+            "- `one`, `two`: Both.",
+        ]
+        assert "**Raises**\n\n- `ValueError`: never (or so): we hope." in text
         assert 'identifier="sample.Model.forward"><code>forward</code>' in module["Model.back"].docstring.value
         text = module["Model.forward"].docstring.value
         assert "See `nothing_of_this_name`, and `x[0]`, and [`back`](elsewhere.md)." in text

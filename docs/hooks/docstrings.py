@@ -49,9 +49,10 @@ def section(match: re.Match) -> str:
 
 def entry_line(entry: str) -> str:
     """`name (type), name (type): text`, with the names as code."""
-    has_type = "(" in entry.partition(":")[0]
-    head, colon, text = entry.partition("): " if has_type else ":")
-    return re.sub(r"(^|, )([A-Za-z_]\w*)(?=,|$| \()", r"\1`\2`", head) + colon + text
+    head = re.match(r"(\w+(, \w+)*|\w.*?\)(, \w+)*):\s", entry)
+    if head is None:  # an error, which is code already
+        return entry
+    return re.sub(r"(^|, )([A-Za-z_]\w*)(?=,|:| \()", r"\1`\2`", head.group()) + entry[head.end() :]
 
 
 def reference(name: str, item: griffe.Object) -> str:
