@@ -42,21 +42,22 @@ class NonFiniteGuard:
         self.max_in_row, self.num_skipped = max_in_row, 0
         self._accelerator, self._in_row = accelerator, 0
 
-    def accepts(self, loss: torch.Tensor, grad_norm: torch.Tensor | None) -> bool:
+    def accepts(self, loss: torch.Tensor, grad_norm: torch.Tensor | float | None) -> bool:
         """Whether to take the step; the same answer in every process. All have to ask, once a step.
 
         This waits for the device.
 
         Args:
             loss (`torch.Tensor`, scalar): This process's loss.
-            grad_norm (`torch.Tensor`, scalar, *optional*): What `accelerator.clip_grad_norm_` returned, or None where
-                nothing is clipped.
+            grad_norm (scalar `torch.Tensor` or `float`, *optional*): What `accelerator.clip_grad_norm_` returned, or
+                None where nothing is clipped.
 
         Raises:
             `RuntimeError`: this is the `max_in_row`-th non-finite step in a row.
         """
         if hasattr(grad_norm, "full_tensor"):  # FSDP2 returns it as a distributed tensor
             grad_norm = grad_norm.full_tensor()
+        grad_norm = None if grad_norm is None else torch.as_tensor(grad_norm)  # DeepSpeed returns it as a float
         finite = [torch.isfinite(value.detach()) for value in (loss, grad_norm) if value is not None]
         bad = torch.stack([~value.to(self._accelerator.device) for value in finite]).int()
         if self._accelerator.num_processes > 1:

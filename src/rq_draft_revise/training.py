@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -104,6 +104,22 @@ def check_condition_dropout(args, transformer) -> None:
         raise ValueError(
             f"--condition_dropout must be 0 for a transformer without a null condition, got {args.condition_dropout}."
         )
+
+
+def configure_deepspeed(args, accelerator: "Accelerator") -> None:
+    """What DeepSpeed has to know of the flags before the model is prepared. Half precision becomes autocast: weights,
+    codebook and averages stay in float32, as everywhere else; DeepSpeed's own bf16 would round all three.
+
+    Raises:
+        `ValueError`: float16, for which DeepSpeed's autocast has no loss scaler.
+    """
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError("--mixed_precision must be 'no' or 'bf16' with DeepSpeed, got 'fp16'.")
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    config["gradient_clipping"] = args.max_grad_norm
+    config["bf16"] = {"enabled": False}
+    config["torch_autocast"] = {"enabled": accelerator.mixed_precision == "bf16", "dtype": "bfloat16"}
 
 
 class AveragedWeights(EMAModel):
@@ -201,7 +217,12 @@ def train(
         weight_decay=args.adam_weight_decay,
         fused=True,
     )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        configure_deepspeed(args, accelerator)
     model, optimizer = accelerator.prepare(transformer.train(), optimizer)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # DeepSpeed takes the step itself, in the last backward: so it has to leave out those that are not finite.
+        optimizer.optimizer.check_grad_overflow = True
     parameters = list(model.parameters())
     ema = None
     if args.ema_decay > 0:
@@ -346,6 +367,7 @@ def train(
                 if ema is not None:
                     ema.step(parameters)
                 for name, value in {**losses, "grad_norm": grad_norm}.items():
+                    value = torch.as_tensor(value, device=accelerator.device)
                     sums[name] += value.full_tensor() if hasattr(value, "full_tensor") else value
                 window_steps += 1
             optimizer.zero_grad()
