@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import os
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -441,15 +439,6 @@ def test_a_damaged_real_image_is_an_error_and_not_left_out(problem, tmp_path):
     with pytest.raises(ValueError, match="Image 0 of the data set cannot be read"):
         run_statistics(problem, tmp_path / "statistics.npz", data_files=tmp_path / "damaged.parquet")
     assert not (tmp_path / "statistics.npz").exists()
-
-
-def test_the_commands_of_the_documentation_are_understood():
-    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"^accelerate launch examples/(\w+)\.py (.*)$", page, re.M)
-    scripts = {"evaluate": script, "compute_statistics": compute_statistics, "train_classifier": train_classifier}
-    assert {name for name, _ in commands} == set(scripts)
-    for name, flags in commands:
-        scripts[name].parse_args(shlex.split(flags))
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
