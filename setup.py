@@ -27,7 +27,7 @@ extras = {
     "test": [
         *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "setuptools>=77"),
         *("datasets", "evaluate", "lpips", "peft", "tensorboard", "torch-fidelity>=0.4", "torchvision"),
-        *("mkdocs-material", "mkdocstrings[python]"),  # the strict build of the documentation is a test
+        *("mkdocs-material", "mkdocstrings[python]", "matplotlib"),  # the strict build of the documentation is a test
     ],
 }
 extras["dev"] = [*extras["test"], "ruff"]
