@@ -2,11 +2,18 @@
 
 8×8 pixels, code maps of 4×4×3 over a codebook of 50, d = 32, 2 + 2 blocks. Everything is a function of `seed` and of
 the arguments; the global random state is left as it was. Models come in eval mode, with dropout 0.
+
+And real processes, for what must be true of two: [`run_in_two_processes`].
 """
 
 import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +34,7 @@ NUM_CLASSES = 5
 MAX_TEXT_LENGTH = 6
 WORDS = ["[PAD]", "[UNK]", "a", "an", "at", "cat", "dusk", "in", "night", "owl", "rocket", "snow", "the", "volcano"]
 CONDITIONS = ("class", "text", None)
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @contextlib.contextmanager
@@ -195,3 +203,48 @@ def random_condition(
         shape = (batch_size, model.config.max_text_length)
         return {"input_ids": torch.randint(model.config.text_vocab_size, shape, generator=generator)}
     return {}
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+def run_in_two_processes(program: str, folder: Path, timeout: float = 600) -> None:
+    """Run the Python text `program` in two processes on the CPU, started by torchrun. `sys.argv[1]` is `folder`.
+
+    It can import the package, the scripts of `examples` and the tests. Importing takes longest: one start should do
+    for all tests of a module.
+    """
+    (folder / "program.py").write_text("import torch\n\ntorch.set_num_threads(1)\n" + program)
+    path = [str(ROOT / name) for name in ("src", "examples", "tests")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*command, str(folder / "program.py"), str(folder)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        },
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+
+
+def forget_accelerator() -> None:
+    """accelerate's state is one a process: a second run in it would go on with that of the first."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@contextlib.contextmanager
+def one_process_group():
+    """The runs inside share a process group. A second one would find the first's addresses in torchrun's store."""
+    leave = dist.destroy_process_group
+    dist.destroy_process_group = lambda group=None: None
+    yield
+    dist.destroy_process_group = leave
+    leave()

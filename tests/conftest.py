@@ -31,10 +31,9 @@ def one_process_on_the_cpu(tmp_path_factory):
 
 @pytest.fixture
 def no_trace():
-    """accelerate's state is one a process, and the scripts seed the global random state."""
-    from accelerate.state import AcceleratorState, GradientState
+    """The scripts leave accelerate's state behind, and seed the global random state."""
+    from components import forget_accelerator
 
     with torch.random.fork_rng(devices=[]):
         yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from components import tiny_vae
+from components import run_in_two_processes, tiny_vae
 
 
 STEPS = 5
@@ -23,9 +22,10 @@ def latents_of(rank: int, step: int) -> torch.Tensor:
     return torch.randn(size, 16, 4, 4, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
-def learn(rank: int, world_size: int, rendezvous: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+def learn(folder: str) -> None:
+    """In each of two processes."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     torch.manual_seed(rank)  # processes need not agree on their random numbers
     history = {}
     for name, config in SCENARIOS.items():
@@ -45,7 +45,7 @@ def learn(rank: int, world_size: int, rendezvous: str, folder: str) -> None:
 def histories(tmp_path_factory):
     """For each of two processes and each scenario, buffers and report after every update."""
     folder = tmp_path_factory.mktemp("processes")
-    mp.start_processes(learn, args=(2, f"{folder}/rendezvous", str(folder)), nprocs=2, start_method="spawn")
+    run_in_two_processes("import sys\nfrom test_codebook_processes import learn\n\nlearn(sys.argv[1])\n", folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
