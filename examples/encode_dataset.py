@@ -39,7 +39,7 @@ def parse_args(argv=None):
     parser.add_argument("--vae", help="Folder or Hub id of the RQ-VAE. Default: the pipeline's.")
     parser.add_argument("--pretrained_model_name_or_path", default="pipelines/imagenet-256-821m",
                         help="Pipeline whose RQ-VAE encodes.")  # fmt: skip
-    group = add_data_flags(parser, image_column="image", source="none, it has to be given")
+    group = add_data_flags(parser, image_column="image", source="none, it has to be given", takes_codes=False)
     group.add_argument("--splits", nargs="+", default=["train"],
                        help="Which to encode. With --data_files the one that they are, of any name.")  # fmt: skip
     group.add_argument("--caption_column", help="Column of captions, to be kept. Rows without one are left out.")

@@ -20,27 +20,32 @@ Into `output_dir` the script writes `train_log.jsonl` (the curves of a model car
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from transformers import AutoTokenizer
 
-from rq_draft_revise import DraftAndRevisePipeline, DraftAndReviseScheduler, RQTransformerPipeline
 from rq_draft_revise.data import SkippedRows, is_empty
-from rq_draft_revise.flags import FlagHelp, add_data_flags, add_training_flags, add_view_flags, check_flags, tracked
-from rq_draft_revise.publishing import create_repository, upload
+from rq_draft_revise.flags import (
+    FlagHelp,
+    add_data_flags,
+    add_model_flags,
+    add_training_flags,
+    add_validation_flags,
+    add_view_flags,
+    check_flags,
+    tracked,
+)
+from rq_draft_revise.publishing import upload
 from rq_draft_revise.splits import load_splits, training_batches, validation_sets_of
 from rq_draft_revise.training import (
-    MODELS,
     check_condition_dropout,
     check_resolution,
     has_file,
-    load_transformer,
-    load_vae,
-    sampler_settings,
+    load_models,
+    load_pipeline,
+    make_accelerator,
+    open_output,
     train,
 )
 
@@ -51,37 +56,17 @@ PIPELINES = {"contextual": "pipelines/cc3m-256-654m", "autoregressive": "pipelin
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=FlagHelp)
 
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        choices=MODELS,
-        default="contextual",
-        help="The paper's model, or its autoregressive baseline, RQ-Transformer.",
+    group = add_model_flags(
+        parser,
+        components="vae, transformer, scheduler and tokenizer",
+        pipelines=PIPELINES,
+        other_sizes="the paper's other size (Table 1) lies beside it",
     )
-    group.add_argument(
-        "--pretrained_model_name_or_path",
-        help="Pipeline with vae, transformer, scheduler and tokenizer, a folder or Hub id. The "
-        "transformer starts from its weights, or fresh from its config.json if there are none. "
-        f"Default: {PIPELINES['contextual']}, or {PIPELINES['autoregressive']} for the baseline; "
-        "the paper's other size (Table 1) lies beside it.",
-    )
-    group.add_argument("--vae", help="Folder or Hub id of the RQ-VAE. Default: the pipeline's, if it has weights.")
-    group.add_argument("--transformer_config", help="A config.json or a folder with one: train that from scratch.")
     group.add_argument("--tokenizer", help="Folder or Hub id of the tokenizer. Default: the pipeline's.")
 
     group = add_data_flags(parser, image_column="image", source="pixparse/cc3m-wds, with its columns jpg and txt")
     group.add_argument("--caption_column", default="text", help="Column of the captions.")
-    group.add_argument(
-        "--validation_data_files",
-        nargs="+",
-        help="Files of the validation split, for a training split by --data_files.",
-    )
-    group.add_argument(
-        "--validation_split",
-        nargs="+",
-        help="One or several, each with a loss of its own; 'none' trains without. Default: validation "
-        "or test, if there is one.",
-    )
+    add_validation_flags(group)
     group.add_argument(
         "--validation_prompts",
         nargs="+",
@@ -127,18 +112,6 @@ def load_tokenizer(args, config):
     return tokenizer
 
 
-def load_pipeline(args, vae, transformer, tokenizer):
-    """The pipeline to be trained; its scheduler or sampler settings from the flags' pipeline, if that has them."""
-    source = args.pretrained_model_name_or_path
-    if args.model == "autoregressive":
-        config = RQTransformerPipeline.load_config(source) if has_file(source, ".", "model_index.json") else {}
-        return RQTransformerPipeline(vae, transformer, tokenizer, **sampler_settings(config))
-    scheduler = DraftAndReviseScheduler()
-    if has_file(source, "scheduler", "*.json"):
-        scheduler = DraftAndReviseScheduler.from_pretrained(source, subfolder="scheduler")
-    return DraftAndRevisePipeline(vae, transformer, scheduler, tokenizer)
-
-
 def input_ids_of(captions, tokenizer, max_text_length):
     """Captions to `(n, max_text_length)` int32, padded to full length: the model reads the padding as text."""
     wrong = [caption for caption in captions if not isinstance(caption, str)]
@@ -161,34 +134,18 @@ def sample_prompts(validation_datasets, train_dataset, args):
 
 
 def main(args):
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir),
-        # The only buffer is the codebook, which never changes here: no need to send it before every forward.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    set_seed(args.seed)  # the same in every process, so that all start from the same weights
-    repo_id = None
-    if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        repo_id = create_repository(args)
+    accelerator = make_accelerator(args)
+    repo_id = open_output(args, accelerator)
 
     # 1. Models, before any data are fetched
-    vae = load_vae(args.pretrained_model_name_or_path, args.vae)
-    transformer = load_transformer(args.model, args.pretrained_model_name_or_path, args.transformer_config)
+    vae, transformer = load_models(args, accelerator)
     config = transformer.config
     if config.text_vocab_size is None:
         raise ValueError("The transformer must be one of text (text_vocab_size in its config): use train_imagenet.py.")
     tokenizer = load_tokenizer(args, config)
-    vae.requires_grad_(False).eval().to(accelerator.device)
-    transformer.set_codebook(vae.quantizer.codebook)
     check_condition_dropout(args, transformer)
-    args.resolution = args.resolution or vae.config.sample_size
-    check_resolution(args.resolution, vae, transformer)
-
-    pipeline = load_pipeline(args, vae, transformer, tokenizer)
+    check_resolution(args, vae, transformer)
+    pipeline = load_pipeline(args, vae, transformer, tokenizer=tokenizer)
 
     # 2. Data
     encode_captions = partial(input_ids_of, tokenizer=tokenizer, max_text_length=config.max_text_length)

@@ -20,25 +20,30 @@ Into `output_dir` the script writes `train_log.jsonl` (the curves of a model car
 import argparse
 import re
 from functools import partial
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 
-from rq_draft_revise import DraftAndRevisePipeline, DraftAndReviseScheduler, RQTransformerPipeline
 from rq_draft_revise.data import SkippedRows
-from rq_draft_revise.flags import FlagHelp, add_data_flags, add_training_flags, add_view_flags, check_flags, tracked
-from rq_draft_revise.publishing import create_repository, upload
+from rq_draft_revise.flags import (
+    FlagHelp,
+    add_data_flags,
+    add_model_flags,
+    add_training_flags,
+    add_validation_flags,
+    add_view_flags,
+    check_flags,
+    tracked,
+)
+from rq_draft_revise.publishing import upload
 from rq_draft_revise.splits import load_splits, training_batches, validation_sets_of
 from rq_draft_revise.training import (
-    MODELS,
     check_condition_dropout,
     check_resolution,
-    has_file,
-    load_transformer,
-    load_vae,
-    sampler_settings,
+    load_models,
+    load_pipeline,
+    make_accelerator,
+    open_output,
+    pipeline_config,
     train,
 )
 
@@ -49,36 +54,16 @@ PIPELINES = {"contextual": "pipelines/imagenet-256-821m", "autoregressive": "pip
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=FlagHelp)
 
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        choices=MODELS,
-        default="contextual",
-        help="The paper's model, or its autoregressive baseline, RQ-Transformer.",
+    add_model_flags(
+        parser,
+        components="vae, transformer and scheduler",
+        pipelines=PIPELINES,
+        other_sizes="the paper's other sizes (Table 1) lie beside them",
     )
-    group.add_argument(
-        "--pretrained_model_name_or_path",
-        help="Pipeline with vae, transformer and scheduler, a folder or Hub id. The transformer starts "
-        "from its weights, or fresh from its config.json if there are none. Default: "
-        f"{PIPELINES['contextual']}, or {PIPELINES['autoregressive']} for the baseline; the "
-        "paper's other sizes (Table 1) lie beside them.",
-    )
-    group.add_argument("--vae", help="Folder or Hub id of the RQ-VAE. Default: the pipeline's, if it has weights.")
-    group.add_argument("--transformer_config", help="A config.json or a folder with one: train that from scratch.")
 
     group = add_data_flags(parser, image_column="image", source="ILSVRC/imagenet-1k")
     group.add_argument("--label_column", default="label", help="Column of the class labels, integers from 0.")
-    group.add_argument(
-        "--validation_data_files",
-        nargs="+",
-        help="Files of the validation split, for a training split by --data_files.",
-    )
-    group.add_argument(
-        "--validation_split",
-        nargs="+",
-        help="One or several, each with a loss of its own; 'none' trains without. Default: validation "
-        "or test, if there is one.",
-    )
+    add_validation_flags(group)
     group.add_argument(
         "--cache_codes",
         action="store_true",
@@ -97,23 +82,17 @@ def parse_args(argv=None):
     return args
 
 
-def load_pipeline(args, vae, transformer, dataset):
-    """The pipeline to be trained; its scheduler or sampler settings from the flags' pipeline, if that has them."""
-    source = args.pretrained_model_name_or_path
-    kind = DraftAndRevisePipeline if args.model == "contextual" else RQTransformerPipeline
-    config = kind.load_config(source) if has_file(source, ".", "model_index.json") else {}
+def class_names(args, dataset, num_classes):
+    """The names of the classes by number, for prompts in words: the data set's, or those of the flags' pipeline."""
+    known = pipeline_config(args).get("id2label")
     # The names of the data set go first where they fit: they are those of the labels that are being learned.
     names = getattr((dataset.features or {}).get(args.label_column), "names", None)
-    fits = names is not None and len(names) == transformer.config.num_classes
+    if names is None or len(names) != num_classes:
+        return known
     # But for ImageNet's folders, n01440764 and so on: their order is that of the usual names.
-    wnids = fits and all(re.fullmatch(r"n\d{8}", name) for name in names) and config.get("id2label")
-    id2label = dict(enumerate(names)) if fits and not wnids else config.get("id2label")
-    if args.model == "autoregressive":
-        return RQTransformerPipeline(vae, transformer, id2label=id2label, **sampler_settings(config))
-    scheduler = DraftAndReviseScheduler()
-    if has_file(source, "scheduler", "*.json"):
-        scheduler = DraftAndReviseScheduler.from_pretrained(source, subfolder="scheduler")
-    return DraftAndRevisePipeline(vae, transformer, scheduler, id2label=id2label)
+    if known and all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return known
+    return dict(enumerate(names))
 
 
 def class_labels_of(labels, num_classes):
@@ -128,37 +107,23 @@ def class_labels_of(labels, num_classes):
 
 
 def main(args):
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir),
-        # The only buffer is the codebook, which never changes here: no need to send it before every forward.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    set_seed(args.seed)  # the same in every process, so that all start from the same weights
-    repo_id = None
-    if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        repo_id = create_repository(args)
+    accelerator = make_accelerator(args)
+    repo_id = open_output(args, accelerator)
 
     # 1. Models, before any data are fetched
-    vae = load_vae(args.pretrained_model_name_or_path, args.vae)
-    transformer = load_transformer(args.model, args.pretrained_model_name_or_path, args.transformer_config)
+    vae, transformer = load_models(args, accelerator)
     config = transformer.config
     if config.text_vocab_size is not None:
         raise ValueError("The transformer must have classes or no condition, got one of text: use train_cc3m.py.")
-    vae.requires_grad_(False).eval().to(accelerator.device)
-    transformer.set_codebook(vae.quantizer.codebook)
     check_condition_dropout(args, transformer)
-    args.resolution = args.resolution or vae.config.sample_size
-    check_resolution(args.resolution, vae, transformer)
+    check_resolution(args, vae, transformer)
 
     # 2. Data
     label_column = args.label_column if config.num_classes is not None else None
     encode_labels = partial(class_labels_of, num_classes=config.num_classes)
     train_dataset, validation_datasets = load_splits(args, accelerator, label_column, "label_column")
-    pipeline = load_pipeline(args, vae, transformer, train_dataset)
+    id2label = class_names(args, train_dataset, config.num_classes)
+    pipeline = load_pipeline(args, vae, transformer, id2label=id2label)
     data = (vae, config, label_column, encode_labels)
     skipped = SkippedRows(f"split {args.train_split!r}")
     batches_from, num_images = training_batches(args, accelerator, train_dataset, *data, skipped)

@@ -19,6 +19,12 @@ loss out with all that it needs. A recipe for a CPU, without both:
         --cache_images_in_memory --perceptual_weight 0 --adversarial_weight 0 --reconstruction_loss both \\
         --learning_rate 8e-4 --lr_scheduler cosine --max_train_steps 30000 --output_dir runs/emoji-vae
 
+Images are read like those of the second stage: prepared first, or streamed while training, as from webdataset tars:
+
+    accelerate launch examples/train_rqvae.py \\
+        --vae_config pipelines/cc3m-256-654m/vae --dataset_name pixparse/cc3m-wds --image_column jpg --streaming \\
+        --random_flip --random_crop --max_train_steps 180000 --output_dir runs/cc3m-vae
+
 Into `output_dir` the script writes `train_log.jsonl` (the curves of a model card), `checkpoint-<step>/` folders to
 resume from, grids of reconstructions, and at the end the averaged weights in diffusers' format. SIGTERM makes it write
 a checkpoint and end.
@@ -30,19 +36,17 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, set_seed
-from diffusers.training_utils import EMAModel
+from accelerate.utils import DistributedType
 from PIL import Image
 from tqdm.auto import tqdm
 
 from rq_draft_revise import RQVAEModel
+from rq_draft_revise.batches import drawn_images, streamed_images
 from rq_draft_revise.budget import Budget, learning_rate_at
-from rq_draft_revise.checkpoints import TrainingLog, load_checkpoint, save_checkpoint
-from rq_draft_revise.data import decode_all, decoded_batches, load_split, to_pixel_values, training_order
+from rq_draft_revise.checkpoints import TrainingLog, save_checkpoint
+from rq_draft_revise.data import CODES_COLUMN, SkippedRows, decode_all, to_pixel_values, training_order
 from rq_draft_revise.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -50,14 +54,31 @@ from rq_draft_revise.discriminator import (
     discriminator_hinge_loss,
 )
 from rq_draft_revise.divergence import NonFiniteGuard
-from rq_draft_revise.flags import tracked
+from rq_draft_revise.flags import (
+    FlagHelp,
+    add_data_flags,
+    add_flip_and_crop_flags,
+    add_validation_flags,
+    check_flags,
+    tracked,
+)
 from rq_draft_revise.interruption import StopSignal
 from rq_draft_revise.losses import PerceptualLoss, reconstruction_loss
-from rq_draft_revise.publishing import create_repository, upload
+from rq_draft_revise.publishing import upload
+from rq_draft_revise.splits import load_splits, num_streamed, seen_rows
+from rq_draft_revise.training import (
+    AveragedWeights,
+    gathered,
+    load_progress,
+    load_vae,
+    make_accelerator,
+    open_output,
+    run_length,
+)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FlagHelp)
 
     group = parser.add_argument_group("model: exactly one of the first three")
     group.add_argument("--vae_config", help="config.json, or a folder with one: train from scratch.")
@@ -68,76 +89,73 @@ def parse_args(argv=None):
     group.add_argument("--compile", action="store_true", help="torch.compile the encoder's and the decoder's blocks.")
 
     group = parser.add_argument_group("losses")
-    group.add_argument("--reconstruction_loss", choices=["mse", "l1", "both"], default="mse",
-                       help="Default and paper: mse.")  # fmt: skip
+    group.add_argument("--reconstruction_loss", choices=["mse", "l1", "both"], default="mse", help="Paper: mse.")
     group.add_argument("--perceptual_weight", type=float, default=1.0,
-                       help="Weight of LPIPS. Default and paper: 1; 0 trains without, and needs neither the package "
-                       "nor its weights.")  # fmt: skip
+                       help="Weight of LPIPS. Paper: 1; 0 trains without, and needs neither the package nor its "
+                       "weights.")  # fmt: skip
     group.add_argument("--lpips_weights", help="State dict of torchvision's vgg16, for machines without a network. "
                        "Default: torchvision downloads it.")  # fmt: skip
     group.add_argument("--adversarial_weight", type=float, default=0.75,
-                       help="Of the adversarial loss, times the adaptive weight. Default and paper: 0.75; 0 trains "
-                       "without a discriminator.")  # fmt: skip
-    group.add_argument("--max_adaptive_weight", type=float, default=1e4, help="Default and paper: 10,000.")
+                       help="Of the adversarial loss, times the adaptive weight. Paper: 0.75; 0 trains without a "
+                       "discriminator.")  # fmt: skip
+    group.add_argument("--max_adaptive_weight", type=float, default=1e4,
+                       help="The adaptive weight is cut here. Paper: 10,000.")  # fmt: skip
     group.add_argument("--discriminator_channels", type=int, default=64,
-                       help="Of its first convolution; the next two double them. Default and paper: 64.")  # fmt: skip
+                       help="Of its first convolution; the next two double them. Paper: 64.")  # fmt: skip
     group.add_argument("--discriminator_start_step", type=int, default=0,
-                       help="Optimizer steps before it begins to learn. Default and paper: 0.")  # fmt: skip
+                       help="Optimizer steps before it begins to learn. Paper: 0.")  # fmt: skip
     group.add_argument("--discriminator_warmup_steps", type=int,
                        help="Optimizer steps that it then learns alone, before the RQ-VAE sees its gradient. Default: "
-                       "half an epoch, but at most a tenth of the run. The paper's parent has none.")  # fmt: skip
+                       "that of --lr_warmup_steps. The paper's parent has none.")  # fmt: skip
     group.add_argument("--discriminator_learning_rate", type=float, help="Default and paper: --learning_rate.")
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", help="Hub id, or a local folder that `datasets.load_dataset` reads.")
-    group.add_argument("--train_data_dir", help="Folder of images.")
-    group.add_argument("--data_files", nargs="+", help="Files of the training split (parquet, csv, json, tar).")
-    group.add_argument("--train_split", default="train", help="Default: train.")
-    group.add_argument("--validation_split", default="test", help="Default: test. 'none' trains without validation.")
-    group.add_argument("--image_column", default="image", help="Default: image.")
-    group.add_argument("--resolution", type=int, help="Height and width in pixels. Default: the model's sample_size; "
-                       "paper: 256.")  # fmt: skip
-    group.add_argument("--random_flip", action="store_true", help="Mirror half of the images, chosen anew each epoch.")
+    group = add_data_flags(parser, image_column="image", source="none, it has to be given", takes_codes=False)
+    add_validation_flags(group)
+    # Off, since a recipe for drawings or faces wants neither; on ImageNet both belong to the paper's.
+    add_flip_and_crop_flags(group, random_flip=False, random_crop=False)
     group.add_argument("--cache_images_in_memory", action="store_true",
                        help="Decode every image once, into one uint8 tensor per process.")  # fmt: skip
-    group.add_argument("--dataloader_num_workers", type=int, default=0,
-                       help="Processes that decode ahead; default 0. Unused with cached images.")  # fmt: skip
 
     group = parser.add_argument_group("optimization")
     group.add_argument("--train_batch_size", type=int, default=32,
-                       help="Images per process and micro-batch. Default: 32; paper: 32 in 4 processes.")  # fmt: skip
+                       help="Images per process and micro-batch. Paper: 128 in all, such as 32 in 4 "
+                       "processes.")  # fmt: skip
     group.add_argument("--gradient_accumulation_steps", type=int, default=1,
-                       help="Micro-batches an optimizer step. Default: 1.")  # fmt: skip
+                       help="Micro-batches an optimizer step.")  # fmt: skip
     group.add_argument("--num_train_epochs", type=int, default=10,
-                       help="Default: 10. Paper: 10, and 50 for the better of its models.")  # fmt: skip
+                       help="Paper: 10, and 50 for the better of its models.")  # fmt: skip
     group.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides --num_train_epochs.")
     group.add_argument("--max_train_seconds", type=float, help="Stop cleanly after this long, the learning rate's "
                        "cosine at 0.")  # fmt: skip
-    group.add_argument("--learning_rate", type=float, default=4e-5, help="Default and paper: 4e-5.")
+    group.add_argument("--learning_rate", type=float, default=4e-5, help="Of Adam, after the warm-up. Paper: 4e-5.")
     group.add_argument("--lr_scheduler", choices=["cosine", "constant"], default="constant",
-                       help="After the warm-up. Default and paper: constant.")  # fmt: skip
+                       help="After the warm-up. Paper: constant.")  # fmt: skip
     group.add_argument("--lr_warmup_steps", type=int,
-                       help="Default: half an epoch as in the paper, but at most a tenth of the run.")  # fmt: skip
-    group.add_argument("--adam_beta1", type=float, default=0.5, help="Default and paper: 0.5.")
-    group.add_argument("--adam_beta2", type=float, default=0.9, help="Default and paper: 0.9.")
+                       help="Linear. Default: half an epoch as in the paper, but at most a tenth of the run; of a "
+                       "stream, always that.")  # fmt: skip
+    group.add_argument("--adam_beta1", type=float, default=0.5, help="Of Adam. Paper: 0.5.")
+    group.add_argument("--adam_beta2", type=float, default=0.9, help="Of Adam. Paper: 0.9.")
     group.add_argument("--max_grad_norm", type=float, default=0.0,
-                       help="Of the RQ-VAE and of the discriminator. Default and paper: 0, no clipping.")  # fmt: skip
+                       help="Of the RQ-VAE and of the discriminator; 0 does not clip. Paper: 0.")  # fmt: skip
     group.add_argument("--max_nonfinite_steps", type=int, default=10,
                        help="A step with a NaN or infinite loss or gradient is left out; so many in a row end the "
-                       "run. Default: 10.")  # fmt: skip
+                       "run.")  # fmt: skip
     group.add_argument("--ema_decay", type=float, default=0.999,
-                       help="Of the exported weights; default 0.999, 0 turns it off. (The codebook's decay is in the "
-                       "model's config: 0.99.)")  # fmt: skip
+                       help="Of the exported weights; 0 turns averaging off. Not published. (The codebook's decay is "
+                       "in the model's config: 0.99.)")  # fmt: skip
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: as accelerate configured.")
-    group.add_argument("--seed", type=int, default=0, help="Default: 0.")
+    group.add_argument("--seed", type=int, default=0, help="Of all random numbers.")
 
     group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", default="rqvae-model", help="Default: rqvae-model.")
-    group.add_argument("--logging_steps", type=int, default=50, help="Default: 50.")
-    group.add_argument("--validation_steps", type=int, default=1000, help="Default: 1000.")
+    group.add_argument("--output_dir", default="rqvae-model", help="Folder of the log, checkpoints and the model.")
+    group.add_argument("--logging_steps", type=int, default=50, help="Steps between two lines of the log.")
+    group.add_argument("--validation_steps", type=int, default=1000,
+                       help="Steps between two validations: metrics and a grid of reconstructions.")  # fmt: skip
     group.add_argument("--validation_batch_size", type=int, help="Default: --train_batch_size.")
-    group.add_argument("--max_validation_images", type=int, help="Default: the whole split.")
-    group.add_argument("--checkpointing_steps", type=int, default=1000, help="Default: 1000.")
+    group.add_argument("--max_validation_images", type=int, default=5000,
+                       help="Images of each validation split. Every process holds them in memory, and as many of "
+                       "the training split.")  # fmt: skip
+    group.add_argument("--checkpointing_steps", type=int, default=1000, help="Steps between two checkpoints.")
     group.add_argument("--checkpoints_total_limit", type=int, help="Keep so many, the newest. Default: all.")
     group.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' for the newest, if any.")
     group.add_argument("--report_to", help="tensorboard, wandb, trackio or another tracker of accelerate's, or 'all', "
@@ -152,45 +170,50 @@ def parse_args(argv=None):
         raise ValueError("Give exactly one of --vae_config, --vae and --pretrained_model_name_or_path.")
     if args.dataset_name is None and args.train_data_dir is None and args.data_files is None:
         raise ValueError("Give the images by --dataset_name, --train_data_dir or --data_files.")
-    for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
-                 "logging_steps", "validation_steps", "max_validation_images", "checkpointing_steps",
-                 "checkpoints_total_limit", "validation_batch_size", "discriminator_channels", "max_nonfinite_steps",
-                 ):  # fmt: skip
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    if args.max_train_seconds is not None and not args.max_train_seconds > 0:
-        raise ValueError(f"--max_train_seconds must be positive, got {args.max_train_seconds}.")
-    for name in ("perceptual_weight", "adversarial_weight", "max_adaptive_weight", "max_grad_norm", "lr_warmup_steps",
+    check_flags(args)
+    for name in ("perceptual_weight", "adversarial_weight", "max_adaptive_weight", "max_grad_norm",
                  "discriminator_start_step", "discriminator_warmup_steps"):  # fmt: skip
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"--{name} must be finite and not negative, got {value}.")
-    if not 0 <= args.ema_decay < 1:
-        raise ValueError(f"--ema_decay must lie in [0, 1), got {args.ema_decay}.")
+    for name in ("streaming", "random_crop"):
+        if args.cache_images_in_memory and getattr(args, name):
+            raise ValueError(
+                f"--cache_images_in_memory must come without --{name}: it keeps one square of each image of a data "
+                "set that is prepared first."
+            )
     return args
 
 
 # ---------------------------------------------------------------------------------------------------------- data
 
 
-def training_batches(args, dataset, images, start, accelerator):
-    """Yield pixel values `(B, 3, H, W)` on the device, for ever, from decoded `images` or, if None, from `dataset`."""
+def pixel_batches(args, accelerator, dataset, images, images_seen, place, skipped):
+    """Yield pixel values `(B, 3, H, W)` on the device, for ever, and of a stream the place after them, else None.
 
-    def order():
-        return training_order(
-            len(dataset), start, args.train_batch_size, accelerator.process_index, accelerator.num_processes, args.seed
-        )
-
-    device = accelerator.device
+    They come from decoded `images` or, if None, from `dataset`, after the `images_seen` that all processes together
+    have read, or in a stream after `place`.
+    """
     if images is not None:
-        decoded = (images[indices].to(device, non_blocking=True) for indices, _ in order())
+        for rows, flips in training_order(
+            len(images), images_seen, args.train_batch_size, accelerator.process_index, accelerator.num_processes,
+            args.seed,
+        ):  # fmt: skip
+            batch = images[rows].to(accelerator.device, non_blocking=True)
+            yield to_pixel_values(batch, flips.to(accelerator.device) if args.random_flip else None), None
+        return
+    arguments = dict(
+        image_column=args.image_column, resolution=args.resolution, batch_size=args.train_batch_size, seed=args.seed,
+        accelerator=accelerator, random_flip=args.random_flip, random_crop=args.random_crop,
+        num_workers=args.dataloader_num_workers, skipped=skipped,
+    )  # fmt: skip
+    if args.streaming:
+        streamed = streamed_images(dataset, start=place, buffer_size=args.shuffle_buffer_size, **arguments)
+        for batch, _, place_after in streamed:
+            yield to_pixel_values(batch), place_after
     else:
-        batches_of_indices = (indices.tolist() for indices, _ in order())
-        decoded = decoded_batches(
-            dataset, batches_of_indices, args.image_column, args.resolution, device, args.dataloader_num_workers
-        )
-    for batch, (_, flips) in zip(decoded, order()):
-        yield to_pixel_values(batch, flips.to(device) if args.random_flip else None)
+        for batch, _, _ in drawn_images(dataset, start=images_seen, **arguments):
+            yield to_pixel_values(batch), None
 
 
 # --------------------------------------------------------------------------------------------------------- steps
@@ -303,33 +326,18 @@ def save_grid(rqvae, images, path, accelerator, columns=8):
 
 
 def main(args):
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir),
-        # The only buffers are the codebook and its statistics, which update_codebook keeps equal by itself. Sending
-        # them from process 0 before every forward would cost 16 MB a step and hide a divergence.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    accelerator = make_accelerator(args)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         # A hundred million parameters fit everywhere; the adaptive weight needs the decoder's last layer whole.
         raise ValueError(f"An RQ-VAE trains by data parallelism (DDP), got {accelerator.distributed_type.value}.")
-    # The same seed in every process: the model, and with it the codebook, starts out the same everywhere. The order of
-    # the images does not depend on this state at all.
-    set_seed(args.seed)
+    repo_id = open_output(args, accelerator)
     output_dir = Path(args.output_dir)
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        repo_id = create_repository(args)
 
     # 1. Model
     if args.vae_config is not None:
         rqvae = RQVAEModel.from_config(RQVAEModel.load_config(args.vae_config))
-    elif args.vae is not None:
-        rqvae = RQVAEModel.from_pretrained(args.vae)
     else:
-        rqvae = RQVAEModel.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae")
+        rqvae = load_vae(args.pretrained_model_name_or_path, args.vae)
     if args.resolution is None:
         args.resolution = rqvae.config.sample_size
     if args.resolution < 1 or args.resolution % rqvae.spatial_scale_factor:
@@ -377,42 +385,42 @@ def main(args):
     # that it replaced. The two agree in the end because the learning rate goes to 0.
     ema = None
     if args.ema_decay > 0:
-        # With the warm-up the decay is min(ema_decay, 1 - (1 + step)^(-2/3)), or a short run would export little but
-        # its initialisation.
-        ema = EMAModel(rqvae.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=2 / 3)
+        ema = AveragedWeights(rqvae.parameters(), args.ema_decay)
         ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
 
     # 2. Data
-    source = ("image_column", "dataset_name", "train_data_dir", "data_files", "train_split")
-    source = {name: getattr(args, name) for name in source}
-    with accelerator.main_process_first():  # one process prepares the files that all then map
-        train_dataset = load_split(args.train_split, **source)
-        validation_dataset = None if args.validation_split == "none" else load_split(args.validation_split, **source)
+    train_dataset, validation_datasets = load_splits(args, accelerator)
+    if CODES_COLUMN in (train_dataset.column_names or ()):
+        raise ValueError(f"The data set must hold images, got column {CODES_COLUMN!r}: it has been encoded already.")
+    decoding = dict(image_column=args.image_column, resolution=args.resolution)
+    # What every process decodes, one names; what they share out, each.
+    shown = 10 if accelerator.is_main_process else 0
+    skipped = SkippedRows(f"split {args.train_split!r}", shown if args.cache_images_in_memory else 10)
     train_images = None
     if args.cache_images_in_memory:
-        train_images = decode_all(train_dataset, args.image_column, args.resolution)
-    validation_images = None
-    if validation_dataset is not None:
-        count = min(len(validation_dataset), args.max_validation_images or len(validation_dataset))
-        validation_images = decode_all(validation_dataset.select(range(count)), args.image_column, args.resolution)
-        # As many training images, spread evenly over the set, for the gap between seen and held-back images.
-        spread = np.linspace(0, len(train_dataset) - 1, min(count, len(train_dataset))).round().astype(int)
-        compared_images = decode_all(train_dataset.select(spread), args.image_column, args.resolution)
+        train_images = decode_all(train_dataset, skipped=skipped, **decoding)
+    validation_images, seen_images = {}, None
+    for name, dataset in validation_datasets.items():
+        unreadable = SkippedRows(f"validation split {name!r}", shown)
+        validation_images[name] = decode_all(dataset, skipped=unreadable, stand_in=False, **decoding)
+    if validation_images:
+        # As many training images, for the gap between seen and held-back images.
+        seen = seen_rows(train_dataset, max(map(len, validation_images.values())), args.image_column)
+        seen_images = decode_all(seen, skipped=SkippedRows("the images compared", 0), stand_in=False, **decoding)
 
     # 3. Length of the run
-    total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(train_dataset) / total_batch_size)
-    half_an_epoch = math.ceil(0.5 * len(train_dataset) / total_batch_size)
-    default_warmup_steps = min(half_an_epoch, max_train_steps // 10)
+    num_images = num_streamed(train_dataset, args) if args.streaming else len(train_dataset)
+    total_batch_size, max_train_steps = run_length(args, accelerator, num_images)
+    default_warmup_steps = max_train_steps // 10
+    if not args.streaming:  # whose length may be known in one start and not in the next, which resumes
+        default_warmup_steps = min(default_warmup_steps, math.ceil(0.5 * num_images / total_batch_size))
     lr_warmup_steps = default_warmup_steps if args.lr_warmup_steps is None else args.lr_warmup_steps
     discriminator_warmup_steps = (
         default_warmup_steps if args.discriminator_warmup_steps is None else args.discriminator_warmup_steps
     )
     adversarial_start_step = args.discriminator_start_step + discriminator_warmup_steps
-    progress = {"step": 0, "images": 0, "epoch": 0, "seconds": 0.0, "skipped_steps": 0}
-    if args.resume_from_checkpoint is not None:
-        progress = load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint, vars(args)) or progress
+    progress, place = load_progress(args, accelerator)
     step, images_seen = progress["step"], progress["images"]
     log = TrainingLog(accelerator, output_dir, step)
     if args.report_to is not None:
@@ -428,11 +436,13 @@ def main(args):
     accelerator.print(
         f"parameters: {sum(p.numel() for p in rqvae.parameters()):,} + codebook of "
         f"{rqvae.config.codebook_size:,} x {rqvae.config.latent_channels} at {rqvae.config.code_depth} depths\n"
-        f"images: {len(train_dataset):,} training, {0 if validation_images is None else len(validation_images):,} "
-        f"validation, at {args.resolution}x{args.resolution}\n"
+        f"images: {'unknown number of' if num_images is None else f'{num_images:,}'} training"
+        + "".join(f", {len(images):,} {name}" for name, images in validation_images.items())
+        + f", at {args.resolution}x{args.resolution}; skipped rows: {skipped}\n"
         f"total batch: {total_batch_size:,} = {args.train_batch_size} x {accelerator.num_processes} processes x "
         f"{args.gradient_accumulation_steps} micro-batches\n"
-        f"steps: {max_train_steps:,} ({max_train_steps * total_batch_size / len(train_dataset):.1f} epochs)"
+        f"steps: {max_train_steps:,}"
+        + (f" ({max_train_steps * total_batch_size / num_images:.1f} epochs)" if num_images else "")
         + (f" or {args.max_train_seconds:,.0f} seconds" if args.max_train_seconds else "")
         + f", from step {step:,}; learning rate {args.learning_rate:.2e} after {lr_warmup_steps:,} steps of warm-up\n"
         + f"losses: {losses}"
@@ -444,39 +454,44 @@ def main(args):
             ema.store(rqvae.parameters())
             ema.copy_to(rqvae.parameters())
         batch_size = args.validation_batch_size or args.train_batch_size
-        held_back = reconstruction_metrics(rqvae, validation_images, batch_size, accelerator)
         # The same weights in the same mode on training images. Apart from overfitting, this shows a codebook that
         # serves the batch at hand and nothing else: then the training loss falls while both numbers here are bad.
-        train = reconstruction_metrics(rqvae, compared_images, batch_size, accelerator)
+        train = reconstruction_metrics(rqvae, seen_images, batch_size, accelerator)
+        held_back = {
+            name: reconstruction_metrics(rqvae, images, batch_size, accelerator)
+            for name, images in validation_images.items()
+        }
         if accelerator.is_main_process:
             path = output_dir / f"reconstructions-{step:07d}.png"
-            save_grid(rqvae, validation_images[:16], path, accelerator)
+            save_grid(rqvae, next(iter(validation_images.values()))[:16], path, accelerator)
             log.write_image("reconstructions", path, step)
         if ema is not None:
             ema.restore(rqvae.parameters())
         rqvae.train()
-        entry = {"kind": "validation", "step": step, "images": images_seen, "seconds": round(budget.elapsed(), 2)}
-        entry |= held_back | {"train_mse": train["mse"], "train_psnr": train["psnr"]}
-        entry["mse_gap"] = held_back["mse"] - train["mse"]
-        entry["relative_mse_gap"] = entry["mse_gap"] / train["mse"]
-        usage = " ".join(f"{u:.3f}" for u in held_back["usage"])
-        log.write(
-            entry,
-            f"  validation at step {step}: mse {held_back['mse']:.5f} psnr {held_back['psnr']:.2f} dB "
-            f"gap {entry['mse_gap']:+.5f} ({entry['relative_mse_gap']:+.1%}) usage {usage}",
-        )
+        for name, metrics in held_back.items():
+            entry = {"kind": "validation", "step": step, "images": images_seen, "seconds": round(budget.elapsed(), 2)}
+            entry |= {"split": name, **metrics, "train_mse": train["mse"], "train_psnr": train["psnr"]}
+            entry["mse_gap"] = metrics["mse"] - train["mse"]
+            entry["relative_mse_gap"] = entry["mse_gap"] / train["mse"]
+            usage = " ".join(f"{u:.3f}" for u in metrics["usage"])
+            log.write(
+                entry,
+                f"  validation at step {step} on {name}: mse {metrics['mse']:.5f} psnr {metrics['psnr']:.2f} dB "
+                f"gap {entry['mse_gap']:+.5f} ({entry['relative_mse_gap']:+.1%}) usage {usage}",
+            )
 
     def checkpoint():
-        epoch = images_seen // len(train_dataset)
-        progress = {"step": step, "images": images_seen, "epoch": epoch, "seconds": budget.elapsed()}
-        progress["skipped_steps"] = guard.num_skipped
+        epoch = images_seen // num_images if num_images else place[0]
+        places = None if place is None else gathered(place, accelerator)
+        progress = {"step": step, "images": images_seen, "epoch": epoch, "seconds": budget.elapsed(),
+                    "skipped_steps": guard.num_skipped, "places": places}  # fmt: skip
         save_checkpoint(accelerator, output_dir, progress, vars(args), args.checkpoints_total_limit)
 
     # 4. Training
     budget = Budget(accelerator, max_train_steps, args.max_train_seconds, progress["seconds"])
     guard = NonFiniteGuard(accelerator, args.max_nonfinite_steps)
-    guard.num_skipped = progress.get("skipped_steps", 0)
-    batches = training_batches(args, train_dataset, train_images, images_seen, accelerator)
+    guard.num_skipped = progress["skipped_steps"]
+    batches = pixel_batches(args, accelerator, train_dataset, train_images, images_seen, place, skipped)
     generator = torch.Generator()
     window, window_images, window_started, stopped = defaultdict(list), 0, time.monotonic(), False
     bar = tqdm(
@@ -500,7 +515,7 @@ def main(args):
             # The gradients of both networks, over all micro-batches. Both see the other one as it was before the step.
             latents, means = [], defaultdict(float)
             for _ in range(args.gradient_accumulation_steps):
-                pixel_values = next(batches)
+                pixel_values, place = next(batches)
                 with accelerator.accumulate(*trained):
                     out = model(pixel_values)
                     # The losses are differentiated down to the pixels, once each; from there one backward pass takes
@@ -588,7 +603,7 @@ def main(args):
                 window, window_images, window_started = defaultdict(list), 0, time.monotonic()
 
             pause_started = time.monotonic()
-            if validation_images is not None and step % args.validation_steps == 0:
+            if validation_images and step % args.validation_steps == 0:
                 bar.clear()
                 validate()
             stopped = stop.requested()
@@ -598,6 +613,7 @@ def main(args):
                 accelerator.print(f"Asked to stop: wrote checkpoint-{step}; --resume_from_checkpoint latest goes on.")
                 break
             window_started += time.monotonic() - pause_started  # images/s is the speed of training alone
+    batches.close()
 
     if stopped:
         log.close()
@@ -605,7 +621,7 @@ def main(args):
         return
 
     # 5. Export
-    if validation_images is not None and step % args.validation_steps != 0:
+    if validation_images and step % args.validation_steps != 0:
         validate()
     if ema is not None:
         ema.copy_to(rqvae.parameters())
@@ -617,7 +633,10 @@ def main(args):
     accelerator.wait_for_everyone()
     accelerator.end_training()
     seconds = budget.elapsed()
-    accelerator.print(f"Saved to {output_dir} after {step:,} steps, {images_seen:,} images, {seconds:,.0f} seconds.")
+    accelerator.print(
+        f"Saved to {output_dir} after {step:,} steps, {images_seen:,} images, {seconds:,.0f} seconds; "
+        f"skipped rows: {skipped}; skipped steps: {guard.num_skipped:,}."
+    )
 
 
 if __name__ == "__main__":

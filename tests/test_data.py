@@ -7,6 +7,7 @@ import re
 import tarfile
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -16,12 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from rq_draft_revise.batches import drawn_images
 from rq_draft_revise.data import (
     SkippedRows,
     decode_all,
     decode_image,
-    decoded_batches,
+    decode_value,
     decoded_rows,
+    decoded_stream,
     load_split,
     split_names,
     streamed_rows,
@@ -156,11 +159,11 @@ def test_decoding_as_needed_gives_what_decoding_ahead_gives_and_draws_nothing(pr
     images = decode_all(dataset, "image", 8)
     batches = [[3, 1, 4], [1, 5], [9]]
     state = torch.get_rng_state()
-    decoded = list(decoded_batches(dataset, iter(batches), "image", 8, torch.device("cpu"), num_workers))
+    decoded = list(decoded_rows(dataset, iter(batches), "image", 8, torch.device("cpu"), num_workers))
     assert torch.equal(torch.get_rng_state(), state)
     assert len(decoded) == len(batches)
-    for batch, indices in zip(decoded, batches):
-        assert torch.equal(batch, images[indices])
+    for (batch, rows), indices in zip(decoded, batches):
+        assert rows.tolist() == indices and torch.equal(batch, images[indices])
 
 
 def test_every_source_gives_the_same_images_and_captions(problem, tmp_path):
@@ -297,6 +300,7 @@ def test_the_next_readable_image_stands_in_and_the_broken_are_counted_and_named(
     assert [rows.tolist() for _, rows in decoded] == [[0, 1, 4], [4, 0, 0]]  # after the last comes the first
     whole = decode_all(dataset, "image", 8)
     assert torch.equal(decoded[1][0], whole[[3, 8, 8]]) and torch.equal(whole[3], whole[4])
+    assert torch.equal(decode_all(dataset, "image", 8, stand_in=False), whole[[0, 1, 4, 5, 6, 7]])
     assert len(skipped) == 3 and str(skipped) == "3 with an unreadable image"
     printed = capsys.readouterr().out
     for name in ("2.png", "3.png", "8.png"):
@@ -366,6 +370,25 @@ def test_every_epoch_draws_new_views_and_crops_uniformly():
     assert np.abs(np.corrcoef(draws.T.numpy()) - np.eye(3)).max() < 4 / math.sqrt(2000)
 
 
+@pytest.mark.parametrize("num_processes, batch_size", [(1, 8), (2, 4), (4, 2)])
+def test_the_same_crops_however_the_images_are_split_into_processes(num_processes, batch_size):
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (NUM_IMAGES, 8, 20, 3), dtype=np.uint8)
+    features = datasets.Features({"image": datasets.Image()})
+    dataset = datasets.Dataset.from_dict({"image": [Image.fromarray(p) for p in pixels]}, features=features)
+
+    def batches(process_index, num_processes, batch_size):
+        accelerator = SimpleNamespace(
+            process_index=process_index, num_processes=num_processes, device=torch.device("cpu")
+        )
+        drawn = drawn_images(dataset, "image", 8, 8, batch_size, 3, accelerator, random_flip=True, random_crop=True)
+        return [images for images, _, _ in islice(drawn, 5)]
+
+    expected = torch.cat(batches(0, 1, 8))
+    shares = [batches(process, num_processes, batch_size) for process in range(num_processes)]
+    assert torch.equal(torch.cat([batch for together in zip(*shares) for batch in together]), expected)
+
+
 # --------------------------------------------------------------------------------------------------------- streams
 
 
@@ -401,6 +424,14 @@ def test_a_webdataset_is_read_as_a_whole_and_as_a_stream(tars):
 
 def places_and_keys(stream, count: int) -> list[tuple]:
     return [(place, row["__key__"]) for row, place in islice(stream, count)]
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_a_stream_of_nothing_but_broken_images_ends_with_a_message(num_threads):
+    rows = (({"image": None}, (epoch, row + 1)) for epoch in range(9) for row in range(5))
+    decode = lambda row, place: decode_value(row["image"], 8)  # noqa: E731
+    with pytest.raises(ValueError, match="none but an unreadable image in all of epoch 1"):
+        next(decoded_stream(rows, decode, num_threads, "an unreadable image", SkippedRows()))
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])  # of four files: all, two each, and every third row of all

@@ -1,12 +1,12 @@
 """Stage 1: runs of examples/train_rqvae.py that must come to the same weights, and what they must not do to them."""
 
+import io
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 import train_rqvae
-from accelerate.state import AcceleratorState, GradientState
-from components import tiny_vae
+from components import forget_accelerator, run_in_two_processes, tiny_vae
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_losses import random_vgg16
@@ -26,7 +25,6 @@ from rq_draft_revise.data import decode_all, load_split, to_pixel_values
 from rq_draft_revise.flags import tracked
 
 
-ROOT = Path(__file__).resolve().parents[1]
 NUM_IMAGES = 22  # no multiple of any batch below: epochs end in the middle of one
 PIXELS = dict(perceptual_weight=0, adversarial_weight=0)
 GAN = dict(perceptual_weight=0, discriminator_channels=4, discriminator_warmup_steps=0)
@@ -37,9 +35,11 @@ pytestmark = pytest.mark.usefixtures("one_process_on_the_cpu", "no_trace")
 
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory) -> Path:
-    """`data`, 22 + 8 images of 16×16 pixels in random colours; `vae`, a tiny RQ-VAE; `vqgan`, one of D = 1."""
+    """`data`, 22 + 8 images of 16×16 pixels in random colours; `wide`, as many of 28×16, two files and two tars of
+    each, numbered in the column `score`; `vae`, a tiny RQ-VAE; `vqgan`, one of D = 1."""
     folder = tmp_path_factory.mktemp("problem")
-    (folder / "data").mkdir()
+    for name in ("data", "wide"):
+        (folder / name).mkdir()
     random = np.random.default_rng(0)
     features = datasets.Features({"image": datasets.Image()})
     for split, count in (("train", NUM_IMAGES), ("test", 8)):
@@ -47,6 +47,21 @@ def problem(tmp_path_factory) -> Path:
         images = [Image.fromarray(c.repeat(8, axis=0).repeat(8, axis=1)) for c in colors]
         dataset = datasets.Dataset.from_dict({"image": images}, features=features)
         dataset.to_parquet(folder / "data" / f"{split}-00000.parquet")
+    features = datasets.Features({"image": datasets.Image(), "score": datasets.Value("int64")})
+    for split, count in (("train", NUM_IMAGES), ("test", 8)):
+        colors = random.integers(0, 256, (count, 2, 7, 3), dtype=np.uint8)
+        images = [Image.fromarray(c.repeat(8, axis=0).repeat(4, axis=1)) for c in colors]
+        dataset = datasets.Dataset.from_dict({"image": images, "score": range(count)}, features=features)
+        for shard in range(2):
+            rows = dataset.shard(2, shard, contiguous=True)
+            rows.to_parquet(folder / "wide" / f"{split}-{shard:05d}.parquet")
+            with tarfile.open(folder / f"wide-{split}-{shard:05d}.tar", "w") as tar:
+                for row in rows:
+                    buffer = io.BytesIO()
+                    row["image"].save(buffer, "PNG")
+                    entry = tarfile.TarInfo(f"{row['score']:05d}.png")
+                    entry.size = len(buffer.getvalue())
+                    tar.addfile(entry, io.BytesIO(buffer.getvalue()))
     tiny_vae().save_pretrained(folder / "vae")
     tiny_vae(code_depth=1).save_pretrained(folder / "vqgan")
     return folder
@@ -61,9 +76,9 @@ def vgg16(tmp_path_factory) -> Path:
 
 
 def flags_of(problem: Path, **flags) -> list[str]:
-    """A command line on `problem`; flags of value True stand alone, of value None are left out."""
-    common = {"vae": problem / "vae", "dataset_name": problem / "data", "mixed_precision": "no", "logging_steps": 1,
-              "resolution": 16, "lr_warmup_steps": 0}  # fmt: skip
+    """A command line on `problem` and its `data`; flags of value True stand alone, of value None are left out."""
+    common = {"vae": problem / "vae", "dataset_name": problem / flags.pop("data", "data"), "mixed_precision": "no",
+              "logging_steps": 1, "resolution": 16, "lr_warmup_steps": 0}  # fmt: skip
     argv = []
     for name, value in {**common, **flags}.items():
         if value is not None:
@@ -74,8 +89,7 @@ def flags_of(problem: Path, **flags) -> list[str]:
 def train(problem: Path, output_dir: Path, **flags) -> list[dict]:
     """Run the script to its end and return its log."""
     train_rqvae.main(train_rqvae.parse_args(flags_of(problem, output_dir=output_dir, **flags)))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()
     return read_log(output_dir)
 
 
@@ -123,6 +137,16 @@ def distance(actual: dict, expected: dict) -> float:
 RESUMED = {
     "pixels, cached": {"cache_images_in_memory": True, "ema_decay": 0.9, **PIXELS},
     "pixels, decoding": {"gradient_accumulation_steps": 2, "reconstruction_loss": "both", **PIXELS},
+    "crops": {"data": "wide", "random_crop": True, **PIXELS},
+    "stream": {
+        "data": "wide",
+        "streaming": True,
+        "shuffle_buffer_size": 7,
+        "random_crop": True,
+        "gradient_accumulation_steps": 2,
+        **PIXELS,
+    },
+    "stream, decoding ahead": {"streaming": True, "dataloader_num_workers": 2, "shuffle_buffer_size": 7, **PIXELS},
     "discriminator": {"ema_decay": 0.9, **GAN, "discriminator_warmup_steps": 2},
     "discriminator that warms up": {**GAN, "discriminator_start_step": 1, "discriminator_warmup_steps": 4},
 }
@@ -137,8 +161,9 @@ def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one_to_the_bit(name, pr
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     expected = train(problem, whole, **flags)
     assert [path.name for path in checkpoints_in(whole)] == ["checkpoint-3", "checkpoint-6"]
-    images = json.loads((whole / "checkpoint-3" / "progress.json").read_text())["images"]
-    assert images % NUM_IMAGES != 0, "not in mid-epoch"
+    progress = json.loads((whole / "checkpoint-3" / "progress.json").read_text())
+    assert progress["images"] % NUM_IMAGES != 0, "not in mid-epoch"
+    assert (progress["places"] is not None) == ("stream" in name)
 
     # What is left of a run that was killed while it wrote its second checkpoint, at step 6.
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
@@ -178,7 +203,7 @@ def test_accumulated_micro_batches_equal_the_large_batch(problem, tmp_path):
         torch.testing.assert_close(books[0][key], books[1][key], rtol=1e-5, atol=1e-5)
     for one, three in zip(logs[1], logs[3]):
         assert one.keys() == three.keys()
-        for name in one.keys() - {"kind"}:
+        for name in one.keys() - {"kind", "split"}:
             assert three[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
 
 
@@ -202,14 +227,12 @@ def test_with_a_discriminator_they_equal_it_up_to_the_adaptive_weight(adaptive, 
 
 
 PROCESSES = """
-import json, os, sys, torch
+import datasets, json, os, sys
 import train_rqvae
-from accelerate.state import AcceleratorState, GradientState
+from components import forget_accelerator, one_process_group
 from rq_draft_revise import RQVAEModel
 
-torch.set_num_threads(1)
-# One process group for all runs: a second one would find the addresses of the first in torchrun's store.
-leave, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda group=None: None
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
 folder, rank, history = sys.argv[1], os.environ["RANK"], {}
 
 def recorded(self, *args, update_codebook=RQVAEModel.update_codebook, **kwargs):
@@ -223,13 +246,12 @@ def seen(batch, flips=None, to_pixel_values=train_rqvae.to_pixel_values):
     return to_pixel_values(batch, flips)
 
 RQVAEModel.update_codebook, train_rqvae.to_pixel_values = recorded, seen
-for name, flags in json.loads(open(f"{folder}/runs.json").read()).items():
-    history[name] = {"states": [], "images": [], "restarts": 0}
-    train_rqvae.main(train_rqvae.parse_args(flags))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-torch.save(history, f"{folder}/history-{rank}.pt")
-leave()
+with one_process_group():
+    for name, flags in json.loads(open(f"{folder}/runs.json").read()).items():
+        history[name] = {"states": [], "images": [], "restarts": 0}
+        train_rqvae.main(train_rqvae.parse_args(flags))
+        forget_accelerator()
+    torch.save(history, f"{folder}/history-{rank}.pt")
 """
 
 # A whole codebook of restarts at the first step, and some at each of the others: what one batch does not use has half
@@ -240,31 +262,26 @@ RUNS = {
     "pixels": dict(**EQUAL, **PIXELS),
     "discriminator": {**EQUAL, **GAN, "gradient_accumulation_steps": 1, "train_batch_size": 4},
 }
+STREAM = dict(data="wide", streaming=True, shuffle_buffer_size=5, **EQUAL, **PIXELS)
 
 
 @pytest.fixture(scope="module")
 def two_processes(problem, tmp_path_factory) -> Path:
-    """A folder with what runs of two processes wrote, all in one start of torchrun: importing takes longest."""
+    """A folder with what runs of two processes wrote."""
     folder = tmp_path_factory.mktemp("two-processes")
     tiny_vae(restart_threshold=0.6, ema_decay=0.5).save_pretrained(folder / "vae")
-    runs = {name: dict(vae=folder / "vae", output_dir=folder / name, **flags) for name, flags in RUNS.items()}
-    runs["resumed"] = {
-        **runs["discriminator"],
-        "output_dir": folder / "resumed",
-        "resume_from_checkpoint": folder / "discriminator" / "checkpoint-3",
+    runs = {
+        name: dict(vae=folder / "vae", output_dir=folder / name, **flags)
+        for name, flags in {**RUNS, "stream": STREAM}.items()
     }
+    for name in ("discriminator", "stream"):
+        runs[f"{name}-resumed"] = {
+            **runs[name],
+            "output_dir": folder / f"{name}-resumed",
+            "resume_from_checkpoint": folder / name / "checkpoint-3",
+        }
     (folder / "runs.json").write_text(json.dumps({name: flags_of(problem, **flags) for name, flags in runs.items()}))
-    (folder / "processes.py").write_text(PROCESSES)
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, str(folder / "processes.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    run_in_two_processes(PROCESSES, folder)
     return folder
 
 
@@ -273,7 +290,7 @@ def histories_of(two_processes: Path, name: str) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, "stream"])
 def test_two_processes_hold_bit_identical_models_after_every_step(name, two_processes):
     first, second = (history["states"] for history in histories_of(two_processes, name))
     assert len(first) == len(second) == 6
@@ -297,7 +314,7 @@ def test_two_processes_equal_one_of_the_same_batch(name, two_processes, problem,
     assert len(actual) == len(expected) == 6
     for one, two in zip(expected, actual):
         assert one.keys() == two.keys()
-        for key in one.keys() - {"kind"}:
+        for key in one.keys() - {"kind", "split"}:
             assert two[key] == pytest.approx(one[key], rel=2e-3, abs=1e-4), (one["step"], key)
 
 
@@ -313,12 +330,139 @@ def test_two_processes_read_no_image_twice_in_an_epoch(two_processes, problem):
 
 
 @pytest.mark.slow
-def test_two_processes_resume_to_the_bit(two_processes):
-    expected = weights_in(two_processes / "discriminator")
-    for key, tensor in weights_in(two_processes / "resumed").items():
+def test_two_processes_stream_a_file_each_and_read_every_image_once_an_epoch(two_processes, problem):
+    images = decode_all(load_split("train", dataset_name=str(problem / "wide")), "image", 16)
+    shares = [rows_of(torch.cat(history["images"]), images) for history in histories_of(two_processes, "stream")]
+    for epoch in (slice(0, 11), slice(11, 22)):
+        files = [sorted(share[epoch]) for share in shares]
+        assert sorted(files) == [list(range(11)), list(range(11, 22))]
+    assert shares[0][:11] != shares[0][11:22]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["discriminator", "stream"])
+def test_two_processes_resume_to_the_bit(name, two_processes):
+    expected = weights_in(two_processes / name)
+    for key, tensor in weights_in(two_processes / f"{name}-resumed").items():
         assert torch.equal(tensor, expected[key]), key
-    log = read_log(two_processes / "discriminator")
-    assert read_log(two_processes / "resumed") == [entry for entry in log if entry["step"] > 3]
+    assert read_log(two_processes / f"{name}-resumed") == [e for e in read_log(two_processes / name) if e["step"] > 3]
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+def rows_of(read: torch.Tensor, images: torch.Tensor) -> list[int]:
+    """Which of `images` each image that was read is."""
+    equal = (read[:, None] == images[None]).flatten(2).all(-1)
+    assert (equal.sum(1) == 1).all(), "an image that is none of them"
+    return equal.float().argmax(1).tolist()
+
+
+def images_read(problem: Path, output_dir: Path, **flags) -> torch.Tensor:
+    """What a run without validation hands to the RQ-VAE: uint8 `(steps * batch, 3, 16, 16)` in its order."""
+    read = []
+
+    def seen(batch, flips=None, to_pixel_values=train_rqvae.to_pixel_values):
+        read.append(batch if flips is None else torch.where(flips[:, None, None, None], batch.flip(-1), batch))
+        return to_pixel_values(batch, flips)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_rqvae, "to_pixel_values", seen)
+        train(problem, output_dir, validation_split="none", **flags, **PIXELS)
+    return torch.cat(read)
+
+
+def test_images_in_memory_train_as_those_that_are_decoded(problem, tmp_path):
+    flags = dict(train_batch_size=5, max_train_steps=6, random_flip=True, learning_rate=1e-3, **PIXELS)
+    logs = [train(problem, tmp_path / str(c), cache_images_in_memory=c, **flags) for c in (True, None)]
+    assert logs[0] == logs[1]
+    first, second = (weights_in(tmp_path / str(c)) for c in (True, None))
+    assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+def test_webdataset_tars_train_to_the_bits_of_the_files_of_their_rows(streaming, problem, tmp_path):
+    flags = dict(dataset_name=None, streaming=streaming, shuffle_buffer_size=7, random_flip=True, random_crop=True,
+                 train_batch_size=5, max_train_steps=6, learning_rate=1e-3, **PIXELS)  # fmt: skip
+    sources = {"image": "wide/{}-*.parquet", "png": "wide-{}-*.tar"}
+    for column, pattern in sources.items():
+        files = {
+            "data_files": problem / pattern.format("train"),
+            "validation_data_files": problem / pattern.format("test"),
+        }
+        train(problem, tmp_path / column, image_column=column, **files, **flags)
+    expected, actual = (read_log(tmp_path / column) for column in sources)
+    assert actual == expected and expected[-1]["split"] == "validation"
+    expected, actual = (weights_in(tmp_path / column) for column in sources)
+    assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
+
+
+def test_an_epoch_in_one_batch_is_the_same_step_streamed_or_not(problem, tmp_path):
+    """The order within the batch is all that differs: float32 sums, and which vector a restart takes."""
+    flags = dict(data="wide", train_batch_size=NUM_IMAGES, max_train_steps=1, checkpointing_steps=1,
+                 shuffle_buffer_size=7, **PIXELS)  # fmt: skip
+    logs = [train(problem, tmp_path / str(s), streaming=s, validation_split="none", **flags) for s in (None, True)]
+    for name in ("loss", "mse", "commitment_loss", "grad_norm", "usage"):
+        assert logs[0][0][name] == pytest.approx(logs[1][0][name], rel=1e-5), name
+    assert distance(first_gradient(tmp_path / "True"), first_gradient(tmp_path / "None")) < 1e-5
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+def test_a_filter_leaves_only_wanted_images_and_their_number_is_printed(streaming, problem, tmp_path, capsys):
+    flags = dict(data="wide", streaming=streaming, filter_column="score", filter_min=10, filter_max=17)
+    read = images_read(problem, tmp_path, train_batch_size=8, max_train_steps=2, **flags)
+    images = decode_all(load_split("train", dataset_name=str(problem / "wide")), "image", 16)
+    rows = rows_of(read, images)
+    assert sorted(rows[:8]) == sorted(rows[8:]) == list(range(10, 18)) and rows[:8] != rows[8:]
+    assert f"images: {'unknown number of' if streaming else '8'} training" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["decoding", "cached", "streamed"])
+def test_unreadable_images_are_skipped_counted_and_named(how, problem, tmp_path, capsys):
+    whole = load_split("train", dataset_name=str(problem / "data"))
+    images = decode_all(whole, "image", 16)[:6]
+    rows = []
+    for i in range(6):
+        buffer = io.BytesIO()
+        whole[i]["image"].save(buffer, "PNG")
+        rows.append({"bytes": b"no image" if i in (1, 4) else buffer.getvalue(), "path": f"{i}.png"})
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": rows}, features=features).to_parquet(tmp_path / "rows.parquet")
+    switch = {"cached": "cache_images_in_memory", "streamed": "streaming"}.get(how)
+    flags = {"dataset_name": None, "data_files": tmp_path / "rows.parquet", **({switch: True} if switch else {})}
+    read = images_read(problem, tmp_path / "run", train_batch_size=4, max_train_steps=3, **flags)
+    assert set(rows_of(read, images)) == {0, 2, 3, 5}
+    printed = capsys.readouterr().out
+    assert "Skipped: an unreadable image" in printed and "of split 'train'" in printed
+    if how != "streamed":  # which counts a row anew each epoch
+        assert "skipped rows: 2 with an unreadable image; skipped steps: 0." in printed
+        assert "1.png" in printed and "4.png" in printed
+
+    train(problem, tmp_path / "validated", validation_data_files=tmp_path / "rows.parquet", train_batch_size=4,
+          max_train_steps=1, **PIXELS)  # fmt: skip
+    assert "22 training, 4 validation" in capsys.readouterr().out  # a second copy of a neighbour measures nothing
+
+
+def test_a_random_crop_is_a_square_of_its_image_at_any_place_and_in_micro_batches_the_same(problem, tmp_path):
+    flags = dict(data="wide", random_crop=True)
+    read = images_read(problem, tmp_path / "1", train_batch_size=22, max_train_steps=2, **flags)
+    dataset = load_split("train", dataset_name=str(problem / "wide"))
+    wide = torch.stack([torch.from_numpy(np.array(row["image"])).permute(2, 0, 1) for row in dataset])
+    windows = wide.unfold(-1, 16, 1).permute(0, 3, 1, 2, 4)  # (22, 13, 3, 16, 16)
+    places = (read[:, None, None] == windows).flatten(3).all(-1).nonzero().tolist()  # image read, row, left
+    assert [i for i, _, _ in places] == list(range(44))
+    assert len({left for _, _, left in places}) > 6
+    by_epoch = [{row: left for i, row, left in places if i // 22 == epoch} for epoch in (0, 1)]
+    assert len(by_epoch[0]) == len(by_epoch[1]) == 22 and by_epoch[0] != by_epoch[1]
+    flags |= dict(train_batch_size=11, gradient_accumulation_steps=2)
+    assert torch.equal(images_read(problem, tmp_path / "2", max_train_steps=2, **flags), read)
+
+
+def test_each_validation_split_has_metrics_of_its_own(problem, tmp_path):
+    log = train(problem, tmp_path, train_batch_size=5, max_train_steps=1, validation_split="test train", **PIXELS)
+    test, seen = (entry for entry in log if entry["kind"] == "validation")
+    assert [test["split"], seen["split"]] == ["test", "train"]
+    assert seen["mse"] == seen["train_mse"] == test["train_mse"] != test["mse"] and seen["mse_gap"] == 0
 
 
 # --------------------------------------------------------------------------------------------------- the discriminator
@@ -486,7 +630,7 @@ def test_every_line_of_the_log_is_json_that_says_which_step_and_what_was_measure
     expected = {
         "train": common | {"images_per_second", "learning_rate", "skipped_steps", "loss", "reconstruction_loss",
                            "commitment_loss", "grad_norm", "restarts"},
-        "validation": common | {"train_mse", "train_psnr", "mse_gap", "relative_mse_gap"},
+        "validation": common | {"split", "train_mse", "train_psnr", "mse_gap", "relative_mse_gap"},
     }  # fmt: skip
     for entry in entries:
         assert entry.keys() == expected[entry["kind"]]
@@ -566,11 +710,32 @@ def test_gradient_checkpointing_changes_nothing(problem, tmp_path):
         ("discriminator_channels", 0),
         ("discriminator_warmup_steps", -1),
         ("max_nonfinite_steps", 0),
+        ("shuffle_buffer_size", 0),
+        ("dataloader_num_workers", -1),
+        ("filter_min", 1.0),
+        ("filter_column", "score"),
     ],
 )
 def test_a_flag_out_of_range_is_refused_by_name(flag, value, problem):
     with pytest.raises(ValueError, match=f"--{flag}"):
         train_rqvae.parse_args(flags_of(problem, **{flag: value}))
+
+
+@pytest.mark.parametrize("flag", ["streaming", "random_crop"])
+def test_images_in_memory_are_neither_streamed_nor_cropped_anew(flag, problem):
+    with pytest.raises(ValueError, match=f"--cache_images_in_memory must come without --{flag}"):
+        train_rqvae.parse_args(flags_of(problem, cache_images_in_memory=True, **{flag: True}))
+
+
+def test_a_stream_of_unknown_length_asks_for_the_number_of_steps(problem, tmp_path):
+    with pytest.raises(ValueError, match="--max_train_steps must be given"):
+        train(problem, tmp_path, data="wide", streaming=True, filter_column="score", filter_min=3, **PIXELS)
+
+
+def test_codes_are_refused_where_images_are_needed(problem, tmp_path):
+    datasets.Dataset.from_dict({"codes": [[0]] * 3}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="must hold images.*'codes'"):
+        train(problem, tmp_path / "run", dataset_name=tmp_path, validation_split="none", **PIXELS)
 
 
 @pytest.mark.parametrize(
@@ -605,6 +770,7 @@ def test_every_flag_is_explained_and_the_defaults_are_the_recipe_of_the_paper(pr
     args = train_rqvae.parse_args(["--vae", "model", "--dataset_name", "data"])
     recipe = dict(reconstruction_loss="mse", perceptual_weight=1.0, adversarial_weight=0.75, max_adaptive_weight=1e4,
                   discriminator_channels=64, train_batch_size=32, learning_rate=4e-5, lr_scheduler="constant",
-                  adam_beta1=0.5, adam_beta2=0.9, max_grad_norm=0.0, num_train_epochs=10)  # fmt: skip
+                  adam_beta1=0.5, adam_beta2=0.9, max_grad_norm=0.0, num_train_epochs=10, random_flip=False,
+                  random_crop=False, streaming=False)  # fmt: skip
     assert recipe.items() <= vars(args).items()
     assert "hub_token" not in tracked(args)

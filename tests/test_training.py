@@ -16,10 +16,20 @@ import pytest
 import torch
 import train_cc3m
 import train_imagenet
+import train_rqvae
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker
-from components import NUM_CLASSES, WORDS, tiny_pipeline, tiny_rq_pipeline, tiny_transformer, tiny_vae
+from components import (
+    NUM_CLASSES,
+    ROOT,
+    WORDS,
+    forget_accelerator,
+    run_in_two_processes,
+    tiny_pipeline,
+    tiny_rq_pipeline,
+    tiny_transformer,
+    tiny_vae,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -37,7 +47,6 @@ from rq_draft_revise.checkpoints import TrainingLog, checkpoints_in
 from rq_draft_revise.data import load_split
 
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train_cc3m": train_cc3m, "train_imagenet": train_imagenet, "encode_dataset": encode_dataset}
 TRAINERS = ("train_cc3m", "train_imagenet")
 NUM_IMAGES = 22  # no multiple of any batch below: epochs end in the middle of one
@@ -94,8 +103,7 @@ def run(script: str, problem: Path, output_dir: Path, **flags) -> None:
     """Run a script to its end."""
     module = SCRIPTS[script]
     module.main(module.parse_args(flags_of(script, problem, output_dir=output_dir, **flags)))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()
 
 
 def train(script: str, problem: Path, output_dir: Path, **flags) -> list[dict]:
@@ -249,12 +257,12 @@ def test_without_any_flag_the_paper_is_reproduced_or_what_is_missing_is_said(mon
         assert (ROOT / args.pretrained_model_name_or_path / "transformer" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS.values(), train_rqvae], ids=lambda script: script.__name__)
 def test_every_flag_is_explained_with_its_default(script, monkeypatch):
     parsers = []
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, argv: parsers.append(self) or sys.exit())
     with pytest.raises(SystemExit):
-        SCRIPTS[script].parse_args([])
+        script.parse_args([])
     (parser,) = parsers
     formatter = parser._get_formatter()
     for action in parser._actions[1:]:
@@ -316,22 +324,6 @@ def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one_to_the_bit(name, pr
     live, earlier = (load_file(whole / f"checkpoint-{step}" / "model.safetensors") for step in (6, 3))
     key = next(key for key in weights if key.endswith("to_q.weight"))
     assert not torch.equal(live[key], earlier[key]) and not torch.equal(live[key], weights[key])
-
-
-def test_a_tracker_gets_losses_and_samples(problem, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = train(
-        "train_imagenet", problem, tmp_path, report_to="tensorboard", train_batch_size=4, max_train_steps=2,
-        num_validation_images=3,
-    )  # fmt: skip
-    (folder,) = {path.parent for path in tmp_path.rglob("events.out*") if path.parent.name == "train_imagenet"}
-    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
-    images = events.Images("samples")
-    assert [(image.step, image.width, image.height) for image in images] == [(2, 3 * 8, 8)]
-    losses = [entry["loss"] for entry in log if entry["kind"] == "train"]
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
 
 
 def test_looking_at_the_weights_changes_nothing(problem, tmp_path):
@@ -435,15 +427,13 @@ def test_accumulated_micro_batches_equal_the_large_batch(name, problem, tmp_path
 
 
 PROCESSES = """
-import datasets, json, sys, torch
+import datasets, json, sys
 import train_cc3m, train_imagenet, encode_dataset
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from components import forget_accelerator, one_process_group
 
-torch.set_num_threads(1)
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
-# One process group for all runs: a second one would find the addresses of the first in torchrun's store.
-leave, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda group=None: None
 scripts = {"train_cc3m": train_cc3m, "train_imagenet": train_imagenet, "encode_dataset": encode_dataset}
 
 # accelerate shards on accelerators only; this makes it do so on two CPUs.
@@ -461,11 +451,10 @@ def initialize_sharded(self, *args, **kwargs):
         )
 
 AcceleratorState.__init__ = initialize_sharded
-for name, sharded, flags in json.loads(open(f"{sys.argv[1]}/runs.json").read()):
-    scripts[name].main(scripts[name].parse_args(flags))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-leave()
+with one_process_group():
+    for name, sharded, flags in json.loads(open(f"{sys.argv[1]}/runs.json").read()):
+        scripts[name].main(scripts[name].parse_args(flags))
+        forget_accelerator()
 """
 
 
@@ -478,7 +467,7 @@ ENCODED = dict(label_column="label", rows_per_file=5, splits="train test", rando
 
 @pytest.fixture(scope="module")
 def two_processes(problem, tmp_path_factory) -> Path:
-    """A folder with what runs of two processes wrote, all in one start of torchrun: importing takes longest."""
+    """A folder with what runs of two processes wrote."""
     folder = tmp_path_factory.mktemp("two-processes")
     common = dict(
         pipeline="-dropout", train_batch_size=3, max_train_steps=4, checkpointing_steps=2, learning_rate=1e-3
@@ -498,17 +487,7 @@ def two_processes(problem, tmp_path_factory) -> Path:
         flags = flags_of("train_cc3m", problem, output_dir=folder / name, **EQUAL, **own)
         lines.append(("train_cc3m", True, flags))
     (folder / "runs.json").write_text(json.dumps(lines))
-    (folder / "processes.py").write_text(PROCESSES)
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, str(folder / "processes.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    run_in_two_processes(PROCESSES, folder)
     return folder
 
 

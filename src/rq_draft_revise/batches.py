@@ -1,4 +1,4 @@
-"""The batches of the second stage: codes and conditions, for ever, from wherever the codes come."""
+"""The batches of training, for ever: images for the first stage, codes and conditions for the second."""
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -69,6 +69,24 @@ def image_batches(
     dataset: "datasets.Dataset",
     conditions: torch.Tensor | None,
     vae: RQVAEModel,
+    tau: float = 0.0,
+    **images,
+) -> Iterator[Batch]:
+    """Batches that are decoded and encoded as they are needed, in the order of [`training_draws`].
+
+    Where an image cannot be read, the next one that can stands in, with its own condition.
+
+    Args:
+        images: Of [`drawn_images`].
+    """
+    for pixels, rows, us in drawn_images(dataset, **images):
+        codes = encode(vae, to_pixel_values(pixels), tau, seed=int(us[0, 0] * 2**53))
+        condition = None if conditions is None else conditions[rows].to(pixels.device).long()
+        yield Batch(codes, condition)
+
+
+def drawn_images(
+    dataset: "datasets.Dataset",
     image_column: str,
     resolution: int,
     start: int,
@@ -77,13 +95,19 @@ def image_batches(
     accelerator: "Accelerator",
     random_flip: bool = False,
     random_crop: bool = False,
-    tau: float = 0.0,
     num_workers: int = 0,
     skipped: SkippedRows | None = None,
-) -> Iterator[Batch]:
-    """Batches that are decoded and encoded as they are needed, in the order of [`training_draws`].
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Images that are decoded as they are needed, in the order of [`training_draws`].
 
-    Where an image cannot be read, the next one that can stands in, with its own condition.
+    Where an image cannot be read, the next one that can stands in.
+
+    Args:
+        start (`int`): Images that all processes together have read so far.
+        num_workers (`int`, defaults to 0): Processes that decode ahead.
+
+    Yields:
+        uint8 `(B, 3, resolution, resolution)` on the device, their rows `(B,)` int64 and their draws `(B, 3)`.
     """
 
     def draws():
@@ -93,9 +117,7 @@ def image_batches(
     keys = ([key_of(row, u, random_flip, random_crop) for row, u in zip(rows.tolist(), us)] for rows, us in draws())
     decoded = decoded_rows(dataset, keys, image_column, resolution, accelerator.device, num_workers, skipped)
     for (images, rows), (_, us) in zip(decoded, draws()):
-        codes = encode(vae, to_pixel_values(images), tau, seed=int(us[0, 0] * 2**53))
-        condition = None if conditions is None else conditions[rows].to(accelerator.device).long()
-        yield Batch(codes, condition)
+        yield images, rows, us
 
 
 def key_of(row: int, u, random_flip: bool, random_crop: bool) -> tuple:
@@ -109,6 +131,35 @@ def streamed_batches(
     condition_column: str | None,
     encode_conditions: Callable[[list], torch.Tensor] | None,
     vae: RQVAEModel,
+    seed: int,
+    accelerator: "Accelerator",
+    tau: float = 0.0,
+    **images,
+) -> Iterator[Batch]:
+    """Batches of a streamed data set, of images or of codes, in the order of [`streamed_rows`].
+
+    Rows without a condition and images that cannot be read are left out.
+
+    Args:
+        encode_conditions: From the values of `condition_column` to a tensor `(B,)` or `(B, L)`.
+        images: Of [`streamed_images`].
+    """
+    is_encoded = CODES_COLUMN in (dataset.column_names or ())
+    streamed = streamed_images(
+        dataset, seed=seed, accelerator=accelerator, condition_column=condition_column, **images
+    )
+    for codes, values, place in streamed:
+        if not is_encoded:
+            number = int(np.random.default_rng([seed, accelerator.process_index, *place, 1]).integers(2**62))
+            codes = encode(vae, to_pixel_values(codes), tau, seed=number)
+        condition = None
+        if condition_column is not None:
+            condition = encode_conditions(values).to(accelerator.device).long()
+        yield Batch(codes, condition, place)
+
+
+def streamed_images(
+    dataset: "datasets.IterableDataset",
     image_column: str,
     resolution: int,
     start: tuple[int, int],
@@ -117,19 +168,22 @@ def streamed_batches(
     accelerator: "Accelerator",
     random_flip: bool = False,
     random_crop: bool = False,
-    tau: float = 0.0,
     num_workers: int = 0,
     buffer_size: int = 1000,
     skipped: SkippedRows | None = None,
-) -> Iterator[Batch]:
-    """Batches of a streamed data set, of images or of codes, in the order of [`streamed_rows`].
+    condition_column: str | None = None,
+) -> Iterator[tuple[torch.Tensor, list, tuple[int, int]]]:
+    """Images of a streamed data set, or its codes if it has been encoded, in the order of [`streamed_rows`].
 
-    Rows without a condition and images that cannot be read are left out.
+    Images that cannot be read are left out, and rows without a value in `condition_column`.
 
     Args:
-        encode_conditions: From the values of `condition_column` to a tensor `(B,)` or `(B, L)`.
         start (`tuple[int, int]`): The place of the last batch before.
         num_workers (`int`, defaults to 0): Threads that decode ahead.
+
+    Yields:
+        uint8 `(B, 3, resolution, resolution)`, or codes `(B, h, w, D)` int64, on the device; the values of
+        `condition_column`, None without one; the place in the stream after them.
     """
     skipped = SkippedRows() if skipped is None else skipped
     is_encoded = CODES_COLUMN in (dataset.column_names or ())
@@ -159,14 +213,6 @@ def streamed_batches(
     ):
         tensors.append(tensor)
         values.append(None if condition_column is None else row[condition_column])
-        if len(tensors) < batch_size:
-            continue
-        codes = torch.stack(tensors).to(accelerator.device)
-        if not is_encoded:
-            number = int(np.random.default_rng([seed, accelerator.process_index, *place, 1]).integers(2**62))
-            codes = encode(vae, to_pixel_values(codes), tau, seed=number)
-        condition = None
-        if condition_column is not None:
-            condition = encode_conditions(values).to(accelerator.device).long()
-        yield Batch(codes, condition, place)
-        tensors, values = [], []
+        if len(tensors) == batch_size:
+            yield torch.stack(tensors).to(accelerator.device), values, place
+            tensors, values = [], []

@@ -346,20 +346,31 @@ def row_name(row: int, value: dict | None, error: Exception) -> str:
 
 
 def decode_all(
-    dataset: "datasets.Dataset", image_column: str, resolution: int, skipped: SkippedRows | None = None
+    dataset: "datasets.Dataset",
+    image_column: str,
+    resolution: int,
+    skipped: SkippedRows | None = None,
+    stand_in: bool = True,
 ) -> torch.Tensor:
     """Every image of a data set in one uint8 tensor `(num_images, 3, resolution, resolution)` in memory.
 
-    The next readable image stands in for one that cannot be read, which is printed and counted in `skipped`.
+    An image that cannot be read is printed and counted in `skipped`. The next readable one stands in for it, so that
+    images stay at the numbers of their rows; with `stand_in=False` it is left out.
+
+    Raises:
+        `ValueError`: none can be read.
     """
     images = torch.empty(len(dataset), 3, resolution, resolution, dtype=torch.uint8)
     decoded = DecodedImages(dataset, image_column, resolution)
     skipped = SkippedRows() if skipped is None else skipped
+    kept = []
     for i in range(len(dataset)):
-        images[i], _, unreadable = decoded[i]
+        images[i], row, unreadable = decoded[i]
+        if stand_in or row == i:
+            kept.append(i)
         for name in unreadable:
             skipped.add("an unreadable image", name)
-    return images
+    return images if len(kept) == len(images) else images[kept]
 
 
 def _collate(rows: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
@@ -405,19 +416,6 @@ def decoded_rows(
         for name in unreadable:
             skipped.add("an unreadable image", name)
         yield images.to(device, non_blocking=True), indices
-
-
-def decoded_batches(
-    dataset: "datasets.Dataset",
-    batches_of_indices: Iterable[Sequence[int]],
-    image_column: str,
-    resolution: int,
-    device: torch.device,
-    num_workers: int = 0,
-) -> Iterator[torch.Tensor]:
-    """[`decoded_rows`] without the rows: uint8 `(B, 3, resolution, resolution)` on `device`."""
-    for images, _ in decoded_rows(dataset, batches_of_indices, image_column, resolution, device, num_workers):
-        yield images
 
 
 def to_pixel_values(images: torch.Tensor, flips: torch.Tensor | None = None) -> torch.Tensor:
@@ -563,7 +561,12 @@ def decoded_stream(
 
     Yields:
         The row, what `decode(row, place)` made of it, and its place; in the order of `rows`.
+
+    Raises:
+        `ValueError`: no row of a whole epoch can be read.
     """
+
+    last_epoch = None  # of a row that could be read
 
     def attempt(row, place):
         try:
@@ -572,9 +575,14 @@ def decoded_stream(
             return None, error
 
     def result_of(row, place, outcome):
+        nonlocal last_epoch
         decoded, error = outcome
+        if error is None or last_epoch is None:
+            last_epoch = place[0]
         if error is not None:
             skipped.add(reason, streamed_name(row, place))
+            if place[0] > last_epoch + 1:
+                raise ValueError(f"The streamed data set has none but {reason} in all of epoch {last_epoch + 1}.")
         return decoded
 
     if num_threads == 0:

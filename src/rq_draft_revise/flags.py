@@ -1,4 +1,4 @@
-"""Command-line flags that the scripts of the second stage share, named as in diffusers' own training scripts."""
+"""Command-line flags that the training scripts share, named as in diffusers' own training scripts."""
 
 import argparse
 
@@ -11,13 +11,43 @@ class FlagHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHe
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def add_data_flags(parser: argparse.ArgumentParser, image_column: str, source: str) -> argparse._ArgumentGroup:
-    """Where images come from; `source` says what is read without a source."""
+def add_model_flags(
+    parser: argparse.ArgumentParser, components: str, pipelines: dict[str, str], other_sizes: str
+) -> argparse._ArgumentGroup:
+    """What trains in the second stage.
+
+    Args:
+        components (`str`): Of a pipeline, for its help.
+        pipelines (`dict[str, str]`): By `--model`, the pipeline that trains without a flag.
+        other_sizes (`str`): Where the paper's other models are, for the help.
+    """
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        choices=tuple(pipelines),
+        default="contextual",
+        help="The paper's model, or its autoregressive baseline, RQ-Transformer.",
+    )
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        help=f"Pipeline with {components}, a folder or Hub id. The transformer starts from its weights, or fresh from "
+        f"its config.json if there are none. Default: {pipelines['contextual']}, or {pipelines['autoregressive']} for "
+        f"the baseline; {other_sizes}.",
+    )
+    group.add_argument("--vae", help="Folder or Hub id of the RQ-VAE. Default: the pipeline's, if it has weights.")
+    group.add_argument("--transformer_config", help="A config.json or a folder with one: train that from scratch.")
+    return group
+
+
+def add_data_flags(
+    parser: argparse.ArgumentParser, image_column: str, source: str, takes_codes: bool = True
+) -> argparse._ArgumentGroup:
+    """Where images come from; `source` says what is read without a source, `takes_codes` whether codes will do."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset_name",
-        help=f"Hub id, or a local folder that `datasets.load_dataset` reads: of parquet files, images "
-        f"or webdataset tars, or one that encode_dataset.py wrote. Default: {source}.",
+        help="Hub id, or a local folder that `datasets.load_dataset` reads: of parquet files, images or webdataset "
+        "tars" + (", or one that encode_dataset.py wrote" if takes_codes else "") + f". Default: {source}.",
     )
     group.add_argument("--dataset_config_name", help="Configuration of a data set that has several.")
     group.add_argument(
@@ -30,13 +60,15 @@ def add_data_flags(parser: argparse.ArgumentParser, image_column: str, source: s
     )
     group.add_argument("--train_split", default="train", help="Also a part of a split: 'train[:90%%]'.")
     group.add_argument("--image_column", default=image_column, help="Column of the images.")
-    group.add_argument("--resolution", type=int, help="Side of the images in pixels. Default: the RQ-VAE's.")
+    group.add_argument(
+        "--resolution", type=int, help="Side of the images in pixels (paper: 256). Default: the RQ-VAE's."
+    )
     group.add_argument(
         "--streaming",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="Read while training, without preparing the data set first. Needs --max_train_steps; a "
-        "resumed run reads again what it had read of the epoch.",
+        help="Read as it is needed, without preparing the data set first. Training needs --max_train_steps where the "
+        "length is not known; a resumed run reads again what it had read of the epoch.",
     )
     group.add_argument(
         "--shuffle_buffer_size",
@@ -60,8 +92,23 @@ def add_data_flags(parser: argparse.ArgumentParser, image_column: str, source: s
     return group
 
 
-def add_view_flags(group, random_flip: bool, random_crop: bool) -> None:
-    """How an image may look when it is encoded."""
+def add_validation_flags(group) -> None:
+    """The held-out splits of the data of [`add_data_flags`]."""
+    group.add_argument(
+        "--validation_data_files",
+        nargs="+",
+        help="Files of the validation split, for a training split by --data_files.",
+    )
+    group.add_argument(
+        "--validation_split",
+        nargs="+",
+        help="One or several, each with figures of its own; 'none' trains without. Default: validation "
+        "or test, if there is one.",
+    )
+
+
+def add_flip_and_crop_flags(group, random_flip: bool, random_crop: bool) -> None:
+    """How an image may look to the RQ-VAE."""
     group.add_argument(
         "--random_flip",
         action=argparse.BooleanOptionalAction,
@@ -74,6 +121,11 @@ def add_view_flags(group, random_flip: bool, random_crop: bool) -> None:
         default=random_crop,
         help="A random square of the resized image instead of the center (RQ-VAE authors: on ImageNet).",
     )
+
+
+def add_view_flags(group, random_flip: bool, random_crop: bool) -> None:
+    """How an image may look when it is encoded."""
+    add_flip_and_crop_flags(group, random_flip, random_crop)
     group.add_argument(
         "--tau",
         type=float,
@@ -188,7 +240,8 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
                  "logging_steps", "validation_steps", "max_validation_images", "checkpointing_steps",
                  "checkpoints_total_limit", "encoding_batch_size", "num_draws", "shuffle_buffer_size",
-                 "max_nonfinite_steps", "rows_per_file"):  # fmt: skip
+                 "max_nonfinite_steps", "rows_per_file", "validation_batch_size", "discriminator_channels",
+                 ):  # fmt: skip
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     for name in ("dataloader_num_workers", "num_validation_images", "lr_warmup_steps", "learning_rate", "tau", "seed",

@@ -1,4 +1,4 @@
-"""The data of a run of the second stage, from its flags: training and validation split, as codes and conditions."""
+"""The data of a run from its flags: training and validation splits, for the second stage as codes and conditions."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,14 +24,14 @@ EncodeConditions = Callable[[list], torch.Tensor]
 
 
 def load_splits(
-    args, accelerator: "Accelerator", condition_column: str | None, condition_name: str
+    args, accelerator: "Accelerator", condition_column: str | None = None, condition_name: str | None = None
 ) -> tuple["datasets.Dataset | datasets.IterableDataset", dict[str, "datasets.Dataset"]]:
     """The training split, and by name the validation splits, each of at most `--max_validation_images` rows.
 
     Args:
-        args: The flags of [`add_data_flags`] and `validation_split`, `validation_data_files`, `max_validation_images`.
+        args: The flags of [`add_data_flags`] and [`add_validation_flags`], and `max_validation_images`.
         condition_column (`str`, *optional*): Column of captions or labels.
-        condition_name (`str`): Its flag: `"caption_column"` or `"label_column"`.
+        condition_name (`str`, *optional*): Its flag: `"caption_column"` or `"label_column"`.
 
     Raises:
         `ValueError`: see [`load_split`].
@@ -40,7 +40,8 @@ def load_splits(
                                                      "dataset_config_name")}  # fmt: skip
     load = partial(
         load_split, image_column=args.image_column, filter_column=args.filter_column, filter_min=args.filter_min,
-        filter_max=args.filter_max, streaming=args.streaming, **{condition_name: condition_column},
+        filter_max=args.filter_max, streaming=args.streaming,
+        **({} if condition_name is None else {condition_name: condition_column}),
     )  # fmt: skip
     with accelerator.main_process_first():  # one process prepares the files that all then map
         train_dataset = load(args.train_split, **files)
@@ -68,6 +69,16 @@ def first_rows(dataset, num_rows: int, image_column: str) -> "datasets.Dataset":
     if CODES_COLUMN not in (dataset.column_names or ()):
         dataset = undecoded(dataset, image_column)
     return datasets.Dataset.from_list(list(dataset.take(num_rows)), features=dataset.features)
+
+
+def seen_rows(dataset, num_rows: int, image_column: str) -> "datasets.Dataset":
+    """Rows of the training split to set beside held-out ones: evenly spread over it, of a stream the first."""
+    import datasets
+
+    if not isinstance(dataset, datasets.Dataset):
+        return first_rows(dataset, num_rows, image_column)
+    num_rows = min(len(dataset), num_rows)
+    return dataset.select(np.linspace(0, len(dataset) - 1, num_rows).round().astype(int))
 
 
 def check_codes_column(dataset, vae: RQVAEModel, config) -> None:
@@ -173,17 +184,12 @@ def validation_sets_of(
     encode_conditions: EncodeConditions | None,
 ) -> dict[str, ValidationSet]:
     """Codes and conditions of the validation splits, and as "seen" of as many training images, for the gap between."""
-    import datasets
     from accelerate.utils import gather_object
 
     if not validation_datasets:
         return {}
     count = max(map(len, validation_datasets.values()))
-    if isinstance(train_dataset, datasets.Dataset):
-        count = min(len(train_dataset), count)
-        seen = train_dataset.select(np.linspace(0, len(train_dataset) - 1, count).round().astype(int))
-    else:
-        seen = first_rows(train_dataset, count, args.image_column)
+    seen = seen_rows(train_dataset, count, args.image_column)
 
     validation_sets = {}
     for name, dataset in {**validation_datasets, "seen": seen}.items():

@@ -1,4 +1,4 @@
-"""Training of the second stage: the components that it starts from, the optimisation loop, and the export."""
+"""Training: the beginning of a run, and for the second stage its components, the optimisation loop and the export."""
 
 import inspect
 import math
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType, set_seed
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -23,18 +24,75 @@ from .divergence import NonFiniteGuard
 from .interruption import StopSignal
 from .masks import random_mask
 from .model_card import model_card
+from .pipeline_draft_and_revise import DraftAndRevisePipeline
+from .pipeline_rq_transformer import RQTransformerPipeline
+from .publishing import create_repository
 from .rq_transformer import RQTransformerModel
 from .rqvae import RQVAEModel
+from .scheduling_draft_and_revise import DraftAndReviseScheduler
 from .validation import ValidationSet, autoregressive_loss, sample_images, save_grid, validation_loss
 
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from diffusers import DiffusionPipeline
 
 
 # What `--model` may be.
 MODELS = {"contextual": ContextualRQTransformerModel, "autoregressive": RQTransformerModel}
+
+
+# ------------------------------------------------------------------------------------------------- the run's beginning
+
+
+def make_accelerator(args) -> Accelerator:
+    """The run's accelerator, from `mixed_precision`, `gradient_accumulation_steps`, `report_to`, `output_dir`, `seed`.
+
+    The global random state is seeded the same in every process, so that all start from the same weights.
+    """
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir),
+        # The only buffers are the codebook, which the second stage never changes, and its statistics, which
+        # update_codebook keeps equal by itself. Sending them from process 0 before every forward would cost 16 MB a
+        # step and hide a divergence.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    set_seed(args.seed)
+    return accelerator
+
+
+def open_output(args, accelerator: Accelerator) -> str | None:
+    """Make the folder `output_dir` and, to be pushed to, the repository, whose id the main process gets."""
+    if not accelerator.is_main_process:
+        return None
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    return create_repository(args)
+
+
+def run_length(args, accelerator: Accelerator, num_images: int | None) -> tuple[int, int]:
+    """Images of an optimizer step, of all processes and micro-batches together, and the optimizer steps of the run.
+
+    Raises:
+        `ValueError`: neither `max_train_steps` nor the number of images is known.
+    """
+    total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    if args.max_train_steps is not None:
+        return total_batch_size, args.max_train_steps
+    if num_images is None:
+        raise ValueError("--max_train_steps must be given where the number of images is not known: a stream.")
+    return total_batch_size, math.ceil(args.num_train_epochs * num_images / total_batch_size)
+
+
+def load_progress(args, accelerator: Accelerator) -> tuple[dict[str, Any], tuple[int, int]]:
+    """How far the run is, from `resume_from_checkpoint` if that names or finds one, and this process's place in a
+    stream. Restores everything that is prepared or registered."""
+    progress = {"step": 0, "images": 0, "epoch": 0, "seconds": 0.0, "skipped_steps": 0, "places": None}
+    if args.resume_from_checkpoint is not None:
+        progress |= load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint, vars(args)) or {}
+    places = progress["places"]
+    return progress, (0, 0) if places is None else tuple(places[accelerator.process_index])
 
 
 # -------------------------------------------------------------------------------------------------------- components
@@ -80,19 +138,51 @@ def load_transformer(model: str, pipeline: str, transformer_config: str | None):
     return kind.from_config(config)
 
 
+def load_models(args, accelerator: Accelerator):
+    """The frozen RQ-VAE, on the device, and the transformer, with the codebook of that."""
+    vae = load_vae(args.pretrained_model_name_or_path, args.vae)
+    transformer = load_transformer(args.model, args.pretrained_model_name_or_path, args.transformer_config)
+    vae.requires_grad_(False).eval().to(accelerator.device)
+    transformer.set_codebook(vae.quantizer.codebook)
+    return vae, transformer
+
+
+def pipeline_config(args) -> dict[str, Any]:
+    """What the flags' pipeline has in its model_index.json; empty if it has none."""
+    source = args.pretrained_model_name_or_path
+    kind = DraftAndRevisePipeline if args.model == "contextual" else RQTransformerPipeline
+    return kind.load_config(source) if has_file(source, ".", "model_index.json") else {}
+
+
+def load_pipeline(args, vae: RQVAEModel, transformer, **components) -> "DiffusionPipeline":
+    """The pipeline to be trained; its scheduler or sampler settings from the flags' pipeline, if that has them.
+
+    Args:
+        components: The tokenizer, or the names of the classes.
+    """
+    if args.model == "autoregressive":
+        settings = sampler_settings(pipeline_config(args))
+        return RQTransformerPipeline(vae, transformer, **components, **settings)
+    scheduler = DraftAndReviseScheduler()
+    if has_file(args.pretrained_model_name_or_path, "scheduler", "*.json"):
+        scheduler = DraftAndReviseScheduler.from_pretrained(args.pretrained_model_name_or_path, subfolder="scheduler")
+    return DraftAndRevisePipeline(vae, transformer, scheduler, **components)
+
+
 def sampler_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The defaults of sampling in the configuration of an [`RQTransformerPipeline`]."""
     return {name: config[name] for name in ("guidance_scale", "temperature", "top_k", "top_p") if name in config}
 
 
-def check_resolution(resolution: int, vae: RQVAEModel, transformer) -> None:
-    """Refuse, with a `ValueError`, a resolution whose code map is not the transformer's."""
+def check_resolution(args, vae: RQVAEModel, transformer) -> None:
+    """Set the default of `--resolution`; refuse, with a `ValueError`, one whose code map is not the transformer's."""
+    args.resolution = args.resolution or vae.config.sample_size
     config, scale = transformer.config, vae.spatial_scale_factor
     covered = (config.height * scale, config.width * scale)
-    if covered != (resolution, resolution):
+    if covered != (args.resolution, args.resolution):
         raise ValueError(
             f"--resolution must be {covered[0]} for {config.height}x{config.width} codes of this RQ-VAE, "
-            f"got {resolution}."
+            f"got {args.resolution}."
         )
 
 
@@ -106,7 +196,7 @@ def check_condition_dropout(args, transformer) -> None:
         )
 
 
-def configure_deepspeed(args, accelerator: "Accelerator") -> None:
+def configure_deepspeed(args, accelerator: Accelerator) -> None:
     """What DeepSpeed has to know of the flags before the model is prepared. Half precision becomes autocast: weights,
     codebook and averages stay in float32, as everywhere else; DeepSpeed's own bf16 would round all three.
 
@@ -168,7 +258,7 @@ class AveragedWeights(EMAModel):
 
 def train(
     args,
-    accelerator: "Accelerator",
+    accelerator: Accelerator,
     pipeline: "DiffusionPipeline",
     condition_name: str | None,
     batches_from: Callable[[int, tuple[int, int]], Iterator[Batch]],
@@ -234,17 +324,9 @@ def train(
     set_seed(args.seed, device_specific=True)
 
     # 2. Length of the run
-    total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    max_train_steps = args.max_train_steps
-    if max_train_steps is None:
-        if num_images is None:
-            raise ValueError("--max_train_steps must be given where the number of images is not known: a stream.")
-        max_train_steps = math.ceil(args.num_train_epochs * num_images / total_batch_size)
-    progress = {"step": 0, "images": 0, "epoch": 0, "seconds": 0.0, "skipped_steps": 0, "places": None}
-    if args.resume_from_checkpoint is not None:
-        progress |= load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint, vars(args)) or {}
+    total_batch_size, max_train_steps = run_length(args, accelerator, num_images)
+    progress, place = load_progress(args, accelerator)
     step, images_seen = progress["step"], progress["images"]
-    place = (0, 0) if progress["places"] is None else tuple(progress["places"][accelerator.process_index])
     log = TrainingLog(accelerator, output_dir, step)
     accelerator.print(
         f"parameters: {sum(p.numel() for p in transformer.parameters()):,}\n"
@@ -452,14 +534,12 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds))) if seconds < 1e8 else "?"
 
 
-def gathered(place: tuple[int, int], accelerator: "Accelerator") -> list[list[int]]:
+def gathered(place: tuple[int, int], accelerator: Accelerator) -> list[list[int]]:
     """The places of all processes."""
     return accelerator.gather(torch.tensor([place], device=accelerator.device)).tolist()
 
 
-def export(
-    accelerator: "Accelerator", model, ema: EMAModel | None, pipeline: "DiffusionPipeline", args, training: str
-):
+def export(accelerator: Accelerator, model, ema: EMAModel | None, pipeline: "DiffusionPipeline", args, training: str):
     """Write the pipeline with whole weights, the averaged ones if there are, and its card. Every process calls it."""
     if ema is not None:
         ema.copy_to(model.parameters())
