@@ -156,7 +156,7 @@ def run_with_a_hub(snippet: Snippet, folder: Path):
         environment = os.environ | hub.environment(folder / "home", "hf_me")
         environment |= {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "snippet.py"]
-        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
         assert result.returncode == 0, f"{snippet}\n{result.stdout}\n{result.stderr}"
         for repo_id in re.findall(r'push_to_hub\("([^"]+)"', snippet.text):
             assert "model_index.json" in hub.files(repo_id), f"{snippet}: nothing was published"
