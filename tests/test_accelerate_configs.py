@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from rq_draft_revise import ContextualRQTransformerModel, RQTransformerModel
+from rq_draft_revise.training import configure_deepspeed
 
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "accelerate_configs"
@@ -84,3 +86,30 @@ def test_the_second_node_is_told_where_the_first_one_is():
     prepare_multi_gpu_env(args)
     assert (args.node_rank, args.nnodes, args.nproc_per_node) == (1, "2", "8")
     assert args.rdzv_endpoint == "10.0.0.1:29500"
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])
+def test_deepspeed_is_told_what_the_flags_say_and_keeps_float32(mixed_precision):
+    """Its own bf16 would round the averaged weights and the codebook; its float16 autocast has no loss scaler."""
+    config = {"bf16": {"enabled": mixed_precision == "bf16"}, "gradient_clipping": "auto"}
+
+    class Told(SimpleNamespace):
+        @property
+        def mixed_precision(self):  # accelerate reads it from this very configuration
+            return "bf16" if config["bf16"]["enabled"] else "fp16" if mixed_precision == "fp16" else "no"
+
+    accelerator = Told(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config)))
+    args = SimpleNamespace(train_batch_size=4, max_grad_norm=0.5)
+    if mixed_precision == "fp16":
+        with pytest.raises(ValueError, match="--mixed_precision"):
+            configure_deepspeed(args, accelerator)
+        return
+    configure_deepspeed(args, accelerator)
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_clipping"]) == (4, 0.5)
+    assert config["torch_autocast"]["enabled"] == (mixed_precision == "bf16") and not config["bf16"]["enabled"]
+
+
+def test_the_deepspeed_config_leaves_to_the_scripts_what_their_flags_say():
+    """The launcher would hand them on as they are: 'auto' ended the run, and a number would override the flag."""
+    args = launched("deepspeed_zero2")
+    assert args.gradient_accumulation_steps is None and args.gradient_clipping is None

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +9,11 @@ import pytest
 import torch
 import train_imagenet
 import train_rqvae
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
 from accelerate.state import AcceleratorState
 from kill_test import differing_tensors, flags_of, make_problem
 
+from rq_draft_revise import training
 from rq_draft_revise.divergence import NonFiniteGuard
 
 
@@ -132,7 +132,7 @@ def train(script: str, problem: Path, output_dir: Path, **flags) -> list[dict]:
 def test_float16_trains_as_float32_does_and_resumes_with_its_scale(script, problem, tmp_path, monkeypatch):
     """Both networks of the GAN, dropout, micro-batches. Losses within 2 %: float16 has 11 bits, six steps amplify."""
     expected = train(script, problem, tmp_path / "float32")
-    monkeypatch.setattr(sys.modules[script], "Accelerator", HalfPrecision)
+    monkeypatch.setattr(training, "Accelerator", HalfPrecision)
     monkeypatch.setattr(HalfPrecision, "init_scale", 256.0)
     actual = train(script, problem, tmp_path / "float16", mixed_precision="fp16")
     assert [entry.get("skipped_steps", 0) for entry in actual] == [0] * len(expected)
@@ -151,13 +151,25 @@ def test_float16_trains_as_float32_does_and_resumes_with_its_scale(script, probl
 @pytest.mark.parametrize("script", ["train_rqvae", "train_imagenet"])
 def test_float16_that_finds_its_scale_leaves_those_steps_out_and_no_others(script, problem, tmp_path, monkeypatch):
     """From 2^40 every gradient overflows; each step left out halves the scale, of both networks together."""
-    monkeypatch.setattr(sys.modules[script], "Accelerator", HalfPrecision)
+    monkeypatch.setattr(training, "Accelerator", HalfPrecision)
     monkeypatch.setattr(HalfPrecision, "init_scale", 2.0**40)
     scalers = []
     monkeypatch.setattr(NonFiniteGuard, "accepts", recorded(NonFiniteGuard.accepts, scalers))
     log = train(script, problem, tmp_path, mixed_precision="fp16", max_nonfinite_steps=1)
     assert [entry["skipped_steps"] for entry in log if entry["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert scalers == [2.0 ** (39 - step) for step in range(6)]
+
+
+@pytest.mark.usefixtures("one_process_on_the_cpu", "no_trace")
+@pytest.mark.parametrize("script", ["train_rqvae", "train_imagenet"])
+def test_what_accelerate_would_pass_over_is_refused(script, problem, tmp_path, monkeypatch):
+    """Float16 on a CPU, which would be float32, and a tracker that is not there."""
+    with pytest.raises(ValueError, match="--mixed_precision must be 'no' or 'bf16' on a CPU"):
+        train(script, problem, tmp_path, mixed_precision="fp16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(tracking, "_available_trackers", [])
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="--report_to.*installed, got 'wandb'"):
+        train(script, problem, tmp_path, report_to="wandb")
 
 
 def recorded(accepts, scales: list[float]):

@@ -48,6 +48,9 @@ def make_accelerator(args) -> Accelerator:
     """The run's accelerator, from `mixed_precision`, `gradient_accumulation_steps`, `report_to`, `output_dir`, `seed`.
 
     The global random state is seeded the same in every process, so that all start from the same weights.
+
+    Raises:
+        `ValueError`: what accelerate would pass over in silence: float16 on a CPU, a tracker that is not installed.
     """
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -59,6 +62,10 @@ def make_accelerator(args) -> Accelerator:
         # step and hide a divergence.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and accelerator.scaler is None:
+        raise ValueError("--mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16': that needs a GPU.")
+    if args.report_to not in (None, "all") and not accelerator.log_with:
+        raise ValueError(f"--report_to must name a tracker that is installed, got {args.report_to!r}.")
     set_seed(args.seed)
     return accelerator
 
@@ -206,10 +213,11 @@ def configure_deepspeed(args, accelerator: Accelerator) -> None:
     if accelerator.mixed_precision == "fp16":
         raise ValueError("--mixed_precision must be 'no' or 'bf16' with DeepSpeed, got 'fp16'.")
     config = accelerator.state.deepspeed_plugin.deepspeed_config
+    autocast = {"enabled": accelerator.mixed_precision == "bf16", "dtype": "bfloat16"}
     config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     config["gradient_clipping"] = args.max_grad_norm
     config["bf16"] = {"enabled": False}
-    config["torch_autocast"] = {"enabled": accelerator.mixed_precision == "bf16", "dtype": "bfloat16"}
+    config["torch_autocast"] = autocast
 
 
 class AveragedWeights(EMAModel):
