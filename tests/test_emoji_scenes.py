@@ -349,7 +349,7 @@ def test_stages_are_the_codes_after_the_draft_and_after_each_revision():
         stages, seconds = sample_stages(CountingPipeline(), generators, {"prompt": ["a", "b"]}, **sampler)
         assert [stage.flatten().tolist() for stage in stages] == [[5, 5], [7, 7], [9, 9], [11, 11]]
         assert all(stage.shape == (2, 1, 1, 1) for stage in stages)
-        assert len(seconds) == 4 and 0 < seconds[0] and seconds == sorted(seconds)
+        assert len(seconds) == 4 and seconds[0] > 0 and seconds == sorted(seconds)
 
 
 def test_stages_of_a_pipeline_that_counts_otherwise_are_refused():
