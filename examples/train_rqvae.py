@@ -591,7 +591,11 @@ def main(args):
                 entry = {"kind": "train", "step": step, "images": images_seen, "seconds": round(budget.elapsed(), 2),
                          "images_per_second": round(rate, 2), "learning_rate": learning_rate,
                          "skipped_steps": guard.num_skipped}  # fmt: skip
-                line = f"step {step}/{max_train_steps} images {images_seen:,} {rate:.1f}/s lr {learning_rate:.2e}"
+                left = budget.time_left(step)
+                line = (
+                    f"step {step}/{max_train_steps} images {images_seen:,} {rate:.1f}/s, {left} left, lr "
+                    f"{learning_rate:.2e}"
+                )
                 if window:
                     means = window_means(window, accelerator)
                     entry |= means

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from datasets.exceptions import DatasetNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -189,6 +190,16 @@ def test_every_source_gives_the_same_images_and_captions(problem, tmp_path):
         assert torch.equal(decode_all(other, "image", 8), expected), source
         assert other["text"][:] == dataset["text"][:]
     assert len(load_split("train[:10]", dataset_name=str(problem / "data"))) == 10
+
+
+@pytest.mark.parametrize("reason", [ConnectionError("offline"), DatasetNotFoundError("gated")])
+def test_a_data_set_that_cannot_be_reached_says_how_to_go_on(monkeypatch, reason):
+    def unreachable(*arguments, **options):
+        raise reason
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ValueError, match=f"hf auth login.*somebody/images.*{reason}.*train_data_dir"):
+        load_split("train", dataset_name="somebody/images")
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,8 @@ def test_a_budget_is_used_up_by_steps_or_by_seconds_whichever_comes_first():
     accelerator = Accelerator()
     assert Budget(accelerator, 10).fraction_used(4) == 0.4
     assert Budget(accelerator, 10, max_train_seconds=1e6).fraction_used(4) == 0.4
+    assert Budget(accelerator, 10, seconds_before=4000).time_left(4) == "1:40:00"
+    assert Budget(accelerator, 10).time_left(0) == "?"
     resumed = Budget(accelerator, 10, max_train_seconds=200, seconds_before=100)
     assert 100 <= resumed.elapsed() < 150
     assert 0.5 <= resumed.fraction_used(4) < 0.75

@@ -2,6 +2,7 @@
 
 import math
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +54,13 @@ class Budget:
                 seconds = broadcast(torch.tensor(seconds, device=self._accelerator.device)).item()
             fraction = max(fraction, seconds / self.max_train_seconds)
         return fraction
+
+    def time_left(self, step: int) -> str:
+        """At the pace so far, `[days, ]h:mm:ss`; a question mark where there is nothing to go by. Every process has to
+        call it."""
+        fraction = self.fraction_used(step)
+        seconds = self.elapsed() * (1 - fraction) / fraction if fraction > 0 else math.inf
+        return str(timedelta(seconds=max(0, round(seconds)))) if seconds < 1e8 else "?"
 
 
 def learning_rate_at(

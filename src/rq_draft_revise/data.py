@@ -94,18 +94,26 @@ def load_split(
         `image_column`.
 
     Raises:
-        `ValueError`: no source, files of an unknown kind, an unknown column, an unknown or empty split, a filter that
-            leaves nothing.
+        `ValueError`: no source, one that cannot be reached, files of an unknown kind, an unknown column, an unknown or
+            empty split, a filter that leaves nothing.
     """
     from datasets import Image as ImageFeature
     from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
 
     common = {"split": split, "streaming": streaming}
     if dataset_name is not None:
         state = local_state([dataset_name])
-        dataset = load_dataset(
-            dataset_name, dataset_config_name, data_files=data_files, cache_dir=cache_folder(state), **common
-        )
+        try:
+            dataset = load_dataset(
+                dataset_name, dataset_config_name, data_files=data_files, cache_dir=cache_folder(state), **common
+            )
+        except (ConnectionError, DatasetNotFoundError) as error:  # no network, no such data set, a gated one
+            raise ValueError(
+                "`dataset_name` must be a local folder, or a data set of the Hub that can be reached and read (a "
+                f"gated one after `hf auth login`), got {dataset_name!r}: {error}. Local images are given by "
+                "`train_data_dir` or `data_files`."
+            ) from error
     elif train_data_dir is not None:
         state = local_state([train_data_dir])
         dataset = load_dataset("imagefolder", data_dir=train_data_dir, cache_dir=cache_folder(state), **common)

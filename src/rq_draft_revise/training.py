@@ -5,7 +5,6 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -399,7 +398,6 @@ def train(
     batches = batches_from(images_seen, place)
     generator = torch.Generator()
     sums, window_steps, window_started = defaultdict(float), 0, time.monotonic()
-    session_started, fraction_before = time.monotonic(), budget.fraction_used(step)
     bar = tqdm(total=max_train_steps, initial=step, unit="step", disable=None if accelerator.is_main_process else True,
                bar_format="{desc}{n_fmt}/{total_fmt} steps {postfix}")  # fmt: skip
     interrupted = False
@@ -468,15 +466,14 @@ def train(
                 means = {name: accelerator.reduce(value / window_steps, "mean").item() for name, value in sums.items()}
                 seconds = time.monotonic() - window_started
                 rate = args.logging_steps * total_batch_size / seconds
-                used = budget.fraction_used(step) - fraction_before
-                left = (time.monotonic() - session_started) * (1 - fraction_before - used) / max(used, 1e-9)
+                left = budget.time_left(step)
                 bar.update(step - bar.n)
-                bar.set_postfix_str(f"{rate:.1f} images/s, {duration(left)} left")
+                bar.set_postfix_str(f"{rate:.1f} images/s, {left} left")
                 entry = {**entry_of("train"), "images_per_second": round(rate, 2), "learning_rate": learning_rate,
                          "skipped_steps": guard.num_skipped, **means}  # fmt: skip
                 log.write(
                     entry,
-                    f"step {step}/{max_train_steps} images {images_seen:,} {rate:.1f}/s, {duration(left)} left, lr "
+                    f"step {step}/{max_train_steps} images {images_seen:,} {rate:.1f}/s, {left} left, lr "
                     f"{learning_rate:.2e} {losses_line(means)}",
                 )
                 sums, window_steps, window_started = defaultdict(float), 0, time.monotonic()
@@ -535,11 +532,6 @@ def losses_line(losses: dict[str, Any]) -> str:
                       f"{value:.4f}")
         for name, value in losses.items()
     )  # fmt: skip
-
-
-def duration(seconds: float) -> str:
-    """`[days, ]h:mm:ss`; a question mark where there is nothing to go by."""
-    return str(timedelta(seconds=round(seconds))) if seconds < 1e8 else "?"
 
 
 def gathered(place: tuple[int, int], accelerator: Accelerator) -> list[list[int]]:
