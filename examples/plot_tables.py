@@ -1,6 +1,6 @@
 """Figure 1 of the paper in miniature, from the JSON file of `examples/reproduce_tables.py`.
 
-    python examples/plot_tables.py docs/results/cifar10-32.json docs/images/figure-1-cifar10-32.png
+    python examples/plot_tables.py pipelines/cifar10-32/tables.json docs/images/figure-1-cifar10-32.png
 
 Left: Frechet distance on classifier features by the steps of the draft. Right: precision and recall by the number of
 revisions. Bars are one standard error.
@@ -57,7 +57,8 @@ def main(args):
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(f"{Path(args.results).stem}, {results['num_images']} images a point")
+    name = Path(results["arguments"]["pipeline"]).name
+    figure.suptitle(f"{name}: {results['num_images']} images a point, features of {results['network']['name']}")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=110)
 

@@ -4,7 +4,7 @@
         --contextual_vq pipelines/table-2-cifar10-vq --autoregressive pipelines/table-2-cifar10-ar \\
         --data_files data/cifar10/test.parquet --split test \\
         --features runs/cifar10-classifier --reference statistics/cifar10-train.npz \\
-        --output_dir runs/tables-cifar10 --results docs/results/cifar10-32.json
+        --output_dir runs/tables-cifar10 --results pipelines/cifar10-32/tables.json
 
 - Table 2: Contextual RQ beside Contextual VQ (16x16x1) and the autoregressive baseline.
 - Table 3 of the supplement: three selection strategies, T_draft 8 and 64, draft and revised.
