@@ -12,6 +12,7 @@ read D times a step. The bandwidth is that of reading as much memory as the tran
 live in a cache, and main memory is not their limit.
 """
 
+import contextlib
 import resource
 import sys
 import time
@@ -64,8 +65,9 @@ def reset_peak_memory(device: torch.device) -> None:
     """Forget the peak so far. Where the system does not let us, the peak is that of the process since it started."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:

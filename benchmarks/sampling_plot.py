@@ -1,12 +1,14 @@
 """Milliseconds an image over the batch size, and the least that the hardware allows.
 
-    python benchmarks/sampling_plot.py sampling.json sampling.png
+    python benchmarks/sampling_plot.py sampling.json --output docs/images/benchmark-sampling.png
 
-The JSON is that of `benchmarks/sampling.py`, whose `--plot` does the same.
+The JSON is that of `benchmarks/sampling.py`, whose `--plot` does the same; several are drawn into one figure, a later
+one in place of what an earlier one has too.
 """
 
+import argparse
 import json
-import sys
+from pathlib import Path
 
 import matplotlib
 
@@ -16,20 +18,28 @@ matplotlib.use("Agg")  # no display
 import matplotlib.pyplot as plt  # noqa: E402
 
 
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reports", nargs="+", help="JSON files of `benchmarks/sampling.py`.")
+    parser.add_argument("--output", required=True, help="PNG.")
+    return parser.parse_args(argv)
+
+
 def plot(report: dict, path: str) -> None:
     """A panel a dtype and mode; a colour a pipeline and T_draft, solid as measured, dashed the bound."""
     panels = list(dict.fromkeys((row["dtype"], row["mode"]) for row in report["cases"]))
     names = list(dict.fromkeys((row["pipeline"], row["num_inference_steps"]) for row in report["cases"]))
-    figure, axes = plt.subplots(1, len(panels), figsize=(1.5 + 3.4 * len(panels), 4), sharey=True, squeeze=False)
+    width = max(8, 1.5 + 3.4 * len(panels))  # the legend needs eight inches
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 4), sharey=True, squeeze=False)
     for axis, (dtype, mode) in zip(axes[0], panels):
         for color, (pipeline, steps) in enumerate(names):
-            rows = [
-                row
+            rows = {
+                row["batch_size"]: row
                 for row in report["cases"]
                 if (row["dtype"], row["mode"], row["pipeline"], row["num_inference_steps"])
                 == (dtype, mode, pipeline, steps)
-            ]
-            sizes = [row["batch_size"] for row in rows]
+            }
+            sizes, rows = sorted(rows), [rows[size] for size in sorted(rows)]
             measured = [1e3 * row["seconds_per_image"] for row in rows]
             least = [1e3 * row["least_seconds_per_image"] for row in rows]
             axis.plot(sizes, measured, "o-", color=f"C{color}", label=f"{pipeline}, T {steps}")
@@ -41,13 +51,18 @@ def plot(report: dict, path: str) -> None:
         axis.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("ms an image (dashed: hardware limit)")
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    handles, labels = axes[0][0].get_legend_handles_labels()  # all panels draw the same
     figure.legend(handles, labels, loc="lower center", ncols=min(3, len(labels)), frameon=False, fontsize="small")
     figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
+def main(argv=None):
+    args = parse_args(argv)
+    reports = [json.loads(Path(name).read_text()) for name in args.reports]
+    plot({"cases": [row for report in reports for row in report["cases"]]}, args.output)
+
+
 if __name__ == "__main__":
-    with open(sys.argv[1]) as file:
-        plot(json.load(file), sys.argv[2])
+    main()
