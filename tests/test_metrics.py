@@ -603,13 +603,23 @@ def test_a_clip_model_that_lacks_weights_or_is_not_there_is_refused(clip_folder,
 def evaluate_library(tmp_path_factory):
     """Hugging Face's `evaluate`, with a cache of its own; on the tests' path examples/evaluate.py would come first."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [path for path in sys.path if path != EXAMPLES])
+        # nor may another test of this process have left a cache of modules behind, in which ours are not
+        foreign = [path for path in sys.path if (Path(path) / "evaluate_modules").is_dir()]
+        patch.setattr(sys, "path", [path for path in sys.path if path != EXAMPLES and path not in foreign])
+        forget_loaded_metrics()
         import evaluate
 
         folder = tmp_path_factory.mktemp("evaluate")
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(folder / "modules"))
         patch.setattr(evaluate.config, "HF_METRICS_CACHE", str(folder / "metrics"))
         yield
+    forget_loaded_metrics()
+
+
+def forget_loaded_metrics() -> None:
+    """The package that `evaluate` imports metrics from is one a process, wherever its cache was at the time."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "evaluate_modules"]:
+        del sys.modules[name]
 
 
 def load_metric(name: str, **options):

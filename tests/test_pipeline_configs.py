@@ -116,15 +116,19 @@ def test_configs_have_no_key_that_their_class_does_not_know(name):
 
 
 def test_model_indexes_name_the_frozen_module_paths():
-    # the baseline's have a test of their own
-    paths = [path for path in PIPELINES.glob("*/model_index.json") if not path.parent.name.startswith("rq-")]
-    for path in paths:
-        index = json.loads(path.read_text())
-        assert index["_class_name"] == "DraftAndRevisePipeline", path
-        assert index["vae"] == ["rq_draft_revise.rqvae", "RQVAEModel"], path
+    indexes = {path.parent.name: json.loads(path.read_text()) for path in PIPELINES.glob("*/model_index.json")}
+    baselines = {name for name, index in indexes.items() if index["_class_name"] == "RQTransformerPipeline"}
+    assert set(BASELINE) <= baselines
+    for name, index in indexes.items():
+        assert index["vae"] == ["rq_draft_revise.rqvae", "RQVAEModel"], name
+        if name in baselines:
+            assert index["transformer"] == ["rq_draft_revise.rq_transformer", "RQTransformerModel"], name
+            assert "scheduler" not in index, name
+            continue
+        assert index["_class_name"] == "DraftAndRevisePipeline", name
         assert index["transformer"] == ["rq_draft_revise.contextual_rq_transformer", "ContextualRQTransformerModel"]
-        assert index["scheduler"] == ["rq_draft_revise.scheduling_draft_and_revise", "DraftAndReviseScheduler"], path
-    assert len(paths) >= len(TABLE_1)
+        assert index["scheduler"] == ["rq_draft_revise.scheduling_draft_and_revise", "DraftAndReviseScheduler"], name
+    assert len(indexes) - len(baselines) >= len(TABLE_1)
 
 
 # ---- names of the classes

@@ -198,7 +198,7 @@ def test_what_is_made_before_is_named_by_a_snippet():
 # ---------------------------------------------------------------------------------------------------------------------
 
 # What a reader's own machine has, and what is downloaded: nothing to check here.
-OF_THE_SYSTEM = ("cd", "git", "sudo")
+OF_THE_SYSTEM = ("cd", "export", "git", "sudo")
 
 
 class Command(NamedTuple):
