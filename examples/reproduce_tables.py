@@ -56,6 +56,9 @@ DRAFT_STEPS = (2, 4, 8, 16, 32, 64)  # of Figure 1
 MOST_REVISIONS = 6  # of Figure 1
 PART_NAMES = ("table-2", "table-3", "figure-1", "guidance")
 NUM_HALVES = 40
+# Not where things lie on this machine: data and networks are known by their digests.
+RECORDED = ("pipeline", "contextual_rq", "contextual_vq", "autoregressive", "vq_draft_steps", "split", "parts",
+            "num_images", "batch_size", "seed", "device")  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -432,7 +435,7 @@ def main(args):
         "reference": reference.describe(),
         "paper_sampler": PAPER,
         "seconds": "of the process on the CPU" if args.device == "cpu" else "by the clock",
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("output_dir", "results")},
+        "arguments": {name: getattr(args, name) for name in RECORDED},
         "hardware": hardware(torch.device(args.device)),
         "versions": library_versions(),
         "git_revision": git_revision(),
