@@ -22,8 +22,7 @@ draft and 0.8 in the revisions, guidance 1.8 (ImageNet 821M's) while revising al
 
 import argparse
 import gc
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ from rq_draft_revise.provenance import (
     library_versions,
     write_json,
 )
-from rq_draft_revise.stages import sample_stages
+from rq_draft_revise.stages import sample_stages, seconds_now
 
 
 PAPER = dict(num_inference_steps=64, num_revise_steps=2, num_revisions=2, guidance_scale=1.8, temperature=0.8,
@@ -118,7 +117,7 @@ class Run:
     """Images of one pipeline with one sampler; an autoregressive one has a single stage."""
 
     pipeline: str
-    sampler: dict[str, Any] = field(hash=False)
+    sampler: dict[str, Any]
 
 
 def plan(args) -> dict[str, Run]:
@@ -144,7 +143,9 @@ def plan(args) -> dict[str, Run]:
         if args.autoregressive:
             plain = dict(guidance_scale=1.0, temperature=1.0)
             runs["autoregressive"] = Run(args.autoregressive, plain)
-            runs["autoregressive-guided"] = Run(args.autoregressive, plain | dict(guidance_scale=1.8))
+            runs["autoregressive-guided"] = Run(
+                args.autoregressive, plain | dict(guidance_scale=PAPER["guidance_scale"])
+            )
         if args.contextual_vq:  # the slowest comes last
             runs["contextual-vq"] = contextual(args.contextual_vq, num_inference_steps=args.vq_draft_steps)
     return runs
@@ -164,12 +165,9 @@ def sample(pipe, run: Run, condition: dict[str, list], generators) -> tuple[list
     """Code maps after each stage, and the seconds that each took from the beginning."""
     if isinstance(pipe, DraftAndRevisePipeline):
         return sample_stages(pipe, generators, condition, **run.sampler)
-    clock = time.process_time if pipe.device.type == "cpu" else time.perf_counter
-    start = clock()
+    start = seconds_now(pipe.device)
     codes = pipe(**condition, generator=generators, output_type="latent", **run.sampler).images
-    if codes.is_cuda:
-        torch.cuda.synchronize()
-    return [codes], [clock() - start]
+    return [codes], [seconds_now(pipe.device) - start]
 
 
 def carry_out(run: Run, folder: Path, conditions: dict[str, list], network, args) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def git_revision() -> str | None:
 
 @functools.cache
 def library_versions() -> dict[str, str]:
+    """Python, torch with its build, and those of `LIBRARIES` that are installed."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}  # with the build: +cpu, +cu130
     for name in LIBRARIES:
         try:

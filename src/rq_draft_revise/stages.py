@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from .pipeline_draft_and_revise import DraftAndRevisePipeline
 
 
+def seconds_now(device: torch.device) -> float:
+    """A clock for differences: of the process on the CPU, where other programs may run beside it, else of the wall,
+    once the device has done its work."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def sample_stages(
     pipe: "DraftAndRevisePipeline", generators: list[torch.Generator], condition: dict[str, list], **sampler: Any
 ) -> tuple[list[torch.Tensor], list[float]]:
@@ -25,8 +34,8 @@ def sample_stages(
         sampler: Arguments of the pipeline's call; what is not given or None is the scheduler's default.
 
     Returns:
-        `num_revisions + 1` code maps `(B, h, w, D)`, and the seconds that each took from the beginning: of the process
-        on the CPU, where other programs may run beside it, else by the clock.
+        `num_revisions + 1` code maps `(B, h, w, D)`, and the seconds that each took from the beginning, by
+        [`seconds_now`].
 
     Raises:
         `RuntimeError`: the pipeline took other steps than its scheduler was set to.
@@ -39,20 +48,14 @@ def sample_stages(
     stages: dict[int, torch.Tensor] = {}
     seconds: list[float] = []
 
-    def now() -> float:
-        if pipe.device.type == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
     def keep_codes(pipe, step: int, timestep, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
         if step in last_steps:
             stages[step] = callback_kwargs["latents"].clone()  # (B, h, w, D)
-            seconds.append(now() - start)
+            seconds.append(seconds_now(pipe.device) - start)
         return callback_kwargs
 
     images = {} if condition else {"num_images_per_prompt": len(generators)}
-    start = now()
+    start = seconds_now(pipe.device)
     codes = pipe(
         **condition, **images, generator=generators, output_type="latent", callback_on_step_end=keep_codes, **sampler
     ).images
