@@ -7,8 +7,10 @@
 A *case* is a pipeline and a number of draft steps, at a batch size, a dtype and a mode. Weights are random, made in
 the dtype on the device; the calls are those a user makes, with the defaults of the pipeline's config, up to the
 codes. The RQ-VAE's decoding is timed apart. Cases of one batch size, dtype and mode take turns, and the median of
-their runs counts. The mode is `eager` or a mode of `torch.compile`, in which the transformer's call is one graph;
-`reduce-overhead` and `max-autotune` replay it as a CUDA graph.
+their runs counts. The mode is `eager`, `blocks` (each block is compiled, diffusers' `compile_repeated_blocks`), or a
+mode of `torch.compile`, in which the transformer's call is one graph; `reduce-overhead` and `max-autotune` replay it
+as a CUDA graph. With `--max_seconds`, cases are left out, and named, of which a run must take longer than that by
+their operations alone, and no case is run again once its runs have taken as long together.
 
 *Share* is the least time that the hardware allows, as `benchmarks/limits.py` defines it, over the time measured, with
 rate and bandwidth measured in this run. Then the ratios that must hold are printed, each with its figures:
@@ -27,7 +29,6 @@ import argparse
 import json
 import platform
 import shlex
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ from random_pipelines import build_pipeline, compile_step
 from sampling_report import laws, print_report
 
 from rq_draft_revise import DraftAndRevisePipeline
+from rq_draft_revise.provenance import git_revision
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +49,7 @@ SMALL = ["cifar10-32", "table-2-cifar10-vq", "table-2-cifar10-ar"]
 PUBLISHED = ["imagenet-256-371m", "imagenet-256-821m", "imagenet-256-1.4b", "imagenet-256-vq-350m",
              "rq-imagenet-256-1.4b", "cc3m-256-366m", "cc3m-256-654m"]  # fmt: skip
 SHORT_DRAFT = 8
-COMPILED_MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+COMPILED_MODES = ["blocks", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 def parse_args(argv=None):
@@ -59,6 +61,7 @@ def parse_args(argv=None):
         "--modes", nargs="+", choices=["eager", *COMPILED_MODES], help="Default: eager, default, and CUDA graphs."
     )
     parser.add_argument("--runs", type=int, default=3, help="Timed runs of each case; the median counts.")
+    parser.add_argument("--max_seconds", type=float, default=float("inf"), help="See above.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", help="JSON file for the figures.")
     parser.add_argument("--plot", help="PNG of the figures; needs matplotlib.")
@@ -188,6 +191,8 @@ def time_cases(pipes: dict, cases: list[Case], args, device: torch.device) -> No
         sample(pipes[case.pipeline], case, warm_up=True)
     for run in range(args.runs):
         for case in cases:
+            if sum(case.times) > args.max_seconds:
+                continue
             pipe = pipes[case.pipeline]
             others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
             codes = []
@@ -217,41 +222,12 @@ def profile(pipes: dict, cases: list[Case], folder: Path, device: torch.device) 
         (folder / name).write_text(f"{case.name}, {case.seconds:.4g} s an image without the profiler\n\n{table}\n")
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def report_of(cases: list[Case], left_out: list[Case], rates: dict, bandwidths: dict, args) -> dict:
+    """All that was measured, and of what."""
     device = torch.device(args.device)
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    torch.manual_seed(0)
-    torch._dynamo.config.recompile_limit = 64  # all sizes of the batch and of the block are graphs of their own
-    cases, rates, bandwidths = [], {}, {}
-    for dtype in args.dtypes:
-        for mode in args.modes:
-            folders = [Path(folder) for folder in args.pipelines]
-            pipes = {folder.name: build_pipeline(folder, getattr(torch, dtype), device) for folder in folders}
-            for pipe in pipes.values():
-                compile_step(pipe, mode)
-            for batch_size in args.batch_sizes:
-                group = [
-                    case for name, pipe in pipes.items() for case in cases_of(name, pipe, batch_size, dtype, mode)
-                ]
-                time_cases(pipes, group, args, device)
-                # between the cases, so that rates and times are of the same hour of a machine that is shared
-                rates[dtype] = max(rates.get(dtype, 0), limits.matrix_product_rate(device, getattr(torch, dtype)))
-                for size in {case.read_megabytes for case in group}:
-                    bandwidths[size] = max(bandwidths.get(size, 0), limits.bandwidth(device, size * 10**6))
-                if args.profile:
-                    profile(pipes, group, Path(args.profile), device)
-                cases += group
-                for case in group:
-                    print(f"{case.name}, batch {batch_size}, {dtype}, {mode}: {case.seconds:.4g} s", file=sys.stderr)
-                if mode != "eager":
-                    torch.compiler.reset()
-            del pipes, pipe
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    report = {
+    return {
         "command": shlex.join(sys.argv),
-        "git_revision": revision,
+        "git_revision": git_revision(),
         "seed": 0,
         "versions": {
             "python": platform.python_version(),
@@ -265,12 +241,50 @@ def main(argv=None):
             "bytes_per_second_over_mb": {str(size): value for size, value in sorted(bandwidths.items())},
         },
         "runs": args.runs,
+        "left_out": [f"{case.name}, batch {case.batch_size}, {case.dtype}, {case.mode}" for case in left_out],
         "cases": [case.figures(rates, bandwidths) for case in cases],
         "laws": laws(cases, on_cpu=device.type == "cpu"),
     }
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # all sizes of the batch and of the block are graphs of their own
+    cases, left_out, rates, bandwidths = [], [], {}, {}
+    for dtype in args.dtypes:
+        for mode in args.modes:
+            folders = [Path(folder) for folder in args.pipelines]
+            pipes = {folder.name: build_pipeline(folder, getattr(torch, dtype), device) for folder in folders}
+            for pipe in pipes.values():
+                compile_step(pipe, mode)
+            for batch_size in args.batch_sizes:
+                # between the cases, so that rates and times are of the same hour of a machine that is shared
+                rates[dtype] = max(rates.get(dtype, 0), limits.matrix_product_rate(device, getattr(torch, dtype)))
+                group = []
+                for name, pipe in pipes.items():
+                    for case in cases_of(name, pipe, batch_size, dtype, mode):
+                        fits = case.flops * batch_size / rates[dtype] <= args.max_seconds
+                        (group if fits else left_out).append(case)
+                time_cases(pipes, group, args, device)
+                for size in {case.read_megabytes for case in group}:
+                    bandwidths[size] = max(bandwidths.get(size, 0), limits.bandwidth(device, size * 10**6))
+                if args.profile:
+                    profile(pipes, group, Path(args.profile), device)
+                cases += group
+                for case in group:
+                    print(f"{case.name}, batch {batch_size}, {dtype}, {mode}: {case.seconds:.4g} s", file=sys.stderr)
+                if args.output:  # after each group, so that a run cut short leaves what it has
+                    report = report_of(cases, left_out, rates, bandwidths, args)
+                    Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
+                if mode != "eager":
+                    torch.compiler.reset()
+            del pipes, pipe
+    report = report_of(cases, left_out, rates, bandwidths, args)
     print_report(report)
-    if args.output:
-        Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
     if args.plot:
         from sampling_plot import plot
 

@@ -57,7 +57,7 @@ PART_NAMES = ("table-2", "table-3", "figure-1", "guidance")
 NUM_HALVES = 40
 # Not where things lie on this machine: data and networks are known by their digests.
 RECORDED = ("pipeline", "contextual_rq", "contextual_vq", "autoregressive", "vq_draft_steps", "split", "parts",
-            "num_images", "batch_size", "seed", "device")  # fmt: skip
+            "num_images", "batch_size", "seed", "device", "dtype")  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -88,6 +88,9 @@ def parse_args(argv=None):
     group.add_argument("--batch_size", type=int, default=50, help="Images at once; it does not change them.")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                       help="Of the transformers; the RQ-VAEs are in float32.")  # fmt: skip
+    group.add_argument("--sample_only", action="store_true", help="Score later, by the same command without this.")
 
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", required=True, help="Features of all images, a folder a run.")
@@ -151,12 +154,13 @@ def plan(args) -> dict[str, Run]:
     return runs
 
 
-def load_pipeline(folder: str, device: str) -> DiffusionPipeline:
-    """A pipeline of this package, whichever `model_index.json` says."""
+def load_pipeline(folder: str, device: str, dtype: str = "float32") -> DiffusionPipeline:
+    """A pipeline of this package, whichever `model_index.json` says, its transformer in `dtype`."""
     name = DiffusionPipeline.load_config(folder)["_class_name"]
     if name not in ("DraftAndRevisePipeline", "RQTransformerPipeline"):
         raise ValueError(f"{folder} must be a DraftAndRevisePipeline or an RQTransformerPipeline, got a {name}.")
     pipe = getattr(rq_draft_revise, name).from_pretrained(folder, dtype=torch.float32).to(device)
+    pipe.transformer.to(getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -174,10 +178,11 @@ def carry_out(run: Run, folder: Path, conditions: dict[str, list], network, args
     """Sample what of a run is not there yet.
 
     Returns:
-        `{"features": (stages, N, F), "logits": (stages, N, C), "seconds": (stages,)}`, the last an image.
+        `{"features": (stages, N, F), "logits": (stages, N, C), "seconds": (stages,)}`, the last an image: the median
+        of the batches, of which the first finds an accelerator cold.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pipe, protocol = load_pipeline(run.pipeline, args.device), get_protocol(args.protocol)
+    pipe, protocol = load_pipeline(run.pipeline, args.device, args.dtype), get_protocol(args.protocol)
     check_same_run(
         folder,
         {
@@ -186,6 +191,7 @@ def carry_out(run: Run, folder: Path, conditions: dict[str, list], network, args
             "conditions": conditions,
             "seed": args.seed,
             "batch_size": args.batch_size,
+            "dtype": args.dtype,
             "network": [network.name, network.sha256, args.protocol],
         },
     )
@@ -212,7 +218,8 @@ def carry_out(run: Run, folder: Path, conditions: dict[str, list], network, args
     del pipe
     gc.collect()  # the next pipeline need not lie beside it
     result = {name: torch.cat([part[name] for part in parts], dim=1) for name in ("features", "logits")}
-    return result | {"seconds": sum(part["seconds"] for part in parts) / args.num_images}
+    seconds = torch.stack([part["seconds"] / part["features"].shape[1] for part in parts])  # (batches, stages)
+    return result | {"seconds": seconds.median(dim=0).values}
 
 
 # ------------------------------------------------------------------------------------------------------------ cells
@@ -224,7 +231,7 @@ class Real:
 
     mean: torch.Tensor  # (F,), of the reference
     covariance: torch.Tensor  # (F, F)
-    features: torch.Tensor  # (N, F), as many as there are images in a cell
+    features: torch.Tensor  # (N, F), as many as there are images in a cell, on the device
     labels: torch.Tensor  # (N,), the class that image i should show
 
 
@@ -245,7 +252,7 @@ def cell(features: torch.Tensor, logits: torch.Tensor, real: Real) -> dict[str, 
     the truth. (Drawn with replacement, twins would be nearest neighbours.) All cells have the same halves,
     so that a difference of two has an error of its own.
     """
-    count = len(features)
+    count, features = len(features), features.to(real.features)
     figures = score(features, logits, real, torch.arange(count))
     generator = torch.Generator().manual_seed(0)
     halves = [
@@ -372,14 +379,20 @@ def claims_table(claims: list[dict[str, Any]]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- main
 
 
+def looked_at(images: torch.Tensor, network, args) -> dict[str, torch.Tensor]:
+    """Features and logits of images `(N, 3, H, W)` uint8."""
+    outputs = [network(batch) for batch in images.split(args.batch_size)]
+    return {name: torch.cat([getattr(output, name) for output in outputs]) for name in ("features", "logits")}
+
+
 @torch.no_grad()
 def reconstruct(folder: str, images: torch.Tensor, network, args) -> dict[str, torch.Tensor]:
     """Features and logits of images `(N, 3, H, W)` uint8 that a pipeline's RQ-VAE has encoded and decoded."""
-    pipe, protocol, outputs = load_pipeline(folder, args.device), get_protocol(args.protocol), []
+    pipe, protocol, decoded = load_pipeline(folder, args.device), get_protocol(args.protocol), []
     for batch in images.split(args.batch_size):
         codes = encode_pixels(pipe.vae, batch.to(args.device) / 255)
-        outputs.append(network(protocol.to_uint8(pipe.decode_latents(codes, "pt")).cpu()))
-    return {name: torch.cat([getattr(output, name) for output in outputs]) for name in ("features", "logits")}
+        decoded.append(protocol.to_uint8(pipe.decode_latents(codes, "pt")).cpu())
+    return looked_at(torch.cat(decoded), network, args)
 
 
 def main(args):
@@ -405,22 +418,27 @@ def main(args):
     features = reference_features(reference, network)
     if len(features) < args.num_images:
         raise ValueError(f"--reference must hold features of {args.num_images} images, got {len(features)}.")
-    real = Real(reference.mean, reference.covariance, features[: args.num_images].double(), torch.tensor(labels))
-    originals = load_images(args)
-    originals = torch.stack([originals[row] for row in rows])
+    features = features[: args.num_images].to(args.device, torch.float64)
+    real = Real(reference.mean, reference.covariance, features, torch.tensor(labels))
 
     # 2. The cells: real images, and every stage of every run
-    looked = network(originals)
-    cells = {"real test images": cell(looked.features, looked.logits, real)}
-    if "table-2" in args.parts:
+    cells = {}
+    if not args.sample_only:
+        originals = load_images(args)
+        originals = torch.stack([originals[row] for row in rows])
+        cells["real test images"] = cell(**looked_at(originals, network, args), real=real)
         for name, folder in (("reconstructions", args.pipeline), ("reconstructions-vq", args.contextual_vq)):
-            if folder is not None:
+            if "table-2" in args.parts and folder is not None:
                 cells[name] = cell(**reconstruct(folder, originals, network, args), real=real)
     for name, run in plan(args).items():
         result = carry_out(run, Path(args.output_dir) / name, conditions, network, args)
+        if args.sample_only:
+            continue
         for stage, (features, logits) in enumerate(zip(result["features"], result["logits"])):
             seconds = result["seconds"][stage].item()
             cells[f"{name}, M {stage}"] = cell(features, logits, real) | {"seconds": seconds}
+    if args.sample_only:
+        return
 
     # 3. Tables and claims
     claims = claims_of(cells, args)

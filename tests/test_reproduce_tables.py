@@ -125,10 +125,19 @@ def test_a_killed_run_samples_only_what_is_missing(problem, whole, tmp_path, mon
     assert again["claims"] == results["claims"]
 
 
+def test_what_was_sampled_alone_is_scored_later(problem, whole, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="results.json"):
+        reproduce(problem, tmp_path, parts=["guidance"], sample_only=True)
+    monkeypatch.setattr(reproduce_tables, "sample", None)
+    scored = without_seconds(reproduce(problem, tmp_path, parts=["guidance"]))
+    assert len(scored) == 1 + 7 + 3 + 3 and scored.items() <= without_seconds(whole[1]).items()
+
+
 def test_the_folder_of_another_run_is_refused(problem, whole):
     folder, _ = whole
-    with pytest.raises(ValueError, match="seed"):
-        reproduce(problem, folder, seed=1, parts=["guidance"])
+    for name, value in (("seed", 1), ("dtype", "bfloat16")):
+        with pytest.raises(ValueError, match=name):
+            reproduce(problem, folder, parts=["guidance"], **{name: value})
 
 
 def test_every_figure_of_the_parts_is_in_the_tables(whole):
