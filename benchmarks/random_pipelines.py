@@ -61,8 +61,9 @@ def word_tokenizer(config) -> PreTrainedTokenizerFast | None:
 
 
 def compile_step(pipe, mode: str) -> None:
-    """The transformer's call as one graph a shape, or with the mode `blocks` each of its blocks, as diffusers'
-    `compile_repeated_blocks` does it: seconds instead of minutes of compilation, but no CUDA graph of a whole step.
+    """The transformer's call as one graph a shape; with the mode `blocks` each of its blocks, as diffusers'
+    `compile_repeated_blocks` does it: seconds instead of minutes of compilation, but no CUDA graph of a whole step;
+    with `cudagraphs` such a graph of the eager kernels, without code generation.
 
     The baseline's cache stays at one address: torch makes no CUDA graph of a call that writes to an input which moves.
     """
@@ -71,7 +72,8 @@ def compile_step(pipe, mode: str) -> None:
     if mode == "blocks":
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
         return
-    pipe.transformer.compile(fullgraph=True, dynamic=False, mode=mode)
+    how = dict(backend=mode) if mode == "cudagraphs" else dict(mode=mode)
+    pipe.transformer.compile(fullgraph=True, dynamic=False, **how)
     if isinstance(pipe, DraftAndRevisePipeline):
         return
     encode_condition, caches = pipe.encode_condition, {}

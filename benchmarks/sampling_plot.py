@@ -30,9 +30,12 @@ def plot(report: dict, path: str) -> None:
     panels = list(dict.fromkeys((row["dtype"], row["mode"]) for row in report["cases"]))
     names = list(dict.fromkeys((row["pipeline"], row["num_inference_steps"]) for row in report["cases"]))
     width = max(8, 1.5 + 3.4 * len(panels))  # the legend needs eight inches
-    figure, axes = plt.subplots(1, len(panels), figsize=(width, 4), sharey=True, squeeze=False)
+    legend_height = 0.3 + 0.2 * -(-len(names) // 3)
+    height = 3.6 + legend_height
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, height), sharey=True, squeeze=False)
+    colors = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
     for axis, (dtype, mode) in zip(axes[0], panels):
-        for color, (pipeline, steps) in enumerate(names):
+        for color, (pipeline, steps) in zip(colors, names):
             rows = {
                 row["batch_size"]: row
                 for row in report["cases"]
@@ -42,8 +45,8 @@ def plot(report: dict, path: str) -> None:
             sizes, rows = sorted(rows), [rows[size] for size in sorted(rows)]
             measured = [1e3 * row["seconds_per_image"] for row in rows]
             least = [1e3 * row["least_seconds_per_image"] for row in rows]
-            axis.plot(sizes, measured, "o-", color=f"C{color}", label=f"{pipeline}, T {steps}")
-            axis.plot(sizes, least, "_--", color=f"C{color}", markersize=12)
+            axis.plot(sizes, measured, "o-", color=color, label=f"{pipeline}, T {steps}")
+            axis.plot(sizes, least, "_--", color=color, markersize=12)
         axis.set(title=f"{dtype}, {mode}", xlabel="batch size", xscale="log", yscale="log")
         sizes = sorted({row["batch_size"] for row in report["cases"]})
         axis.set_xticks(sizes, [str(size) for size in sizes])
@@ -53,7 +56,7 @@ def plot(report: dict, path: str) -> None:
     axes[0][0].set_ylabel("ms an image (dashed: hardware limit)")
     handles, labels = axes[0][0].get_legend_handles_labels()  # all panels draw the same
     figure.legend(handles, labels, loc="lower center", ncols=min(3, len(labels)), frameon=False, fontsize="small")
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.tight_layout(rect=(0, legend_height / height, 1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -159,8 +159,8 @@ def load_pipeline(folder: str, device: str, dtype: str = "float32") -> Diffusion
     name = DiffusionPipeline.load_config(folder)["_class_name"]
     if name not in ("DraftAndRevisePipeline", "RQTransformerPipeline"):
         raise ValueError(f"{folder} must be a DraftAndRevisePipeline or an RQTransformerPipeline, got a {name}.")
-    pipe = getattr(rq_draft_revise, name).from_pretrained(folder, dtype=torch.float32).to(device)
-    pipe.transformer.to(getattr(torch, dtype))
+    dtypes = {"transformer": getattr(torch, dtype), "default": torch.float32}
+    pipe = getattr(rq_draft_revise, name).from_pretrained(folder, dtype=dtypes).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
