@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rq_draft_revise.batches import drawn_images
+from rq_draft_revise.batches import drawn_images, streamed_images
 from rq_draft_revise.data import (
     SkippedRows,
     decode_all,
@@ -443,6 +443,17 @@ def test_a_stream_of_nothing_but_broken_images_ends_with_a_message(num_threads):
     decode = lambda row, place: decode_value(row["image"], 8)  # noqa: E731
     with pytest.raises(ValueError, match="none but an unreadable image in all of epoch 1"):
         next(decoded_stream(rows, decode, num_threads, "an unreadable image", SkippedRows()))
+
+
+def test_a_stream_of_nothing_but_empty_captions_ends_with_a_message():
+    rows = rows_of(5) | {"text": ["", None, " ", "", ""]}
+    stream = datasets.Dataset.from_dict(rows, features=FEATURES).to_iterable_dataset()
+    one_process = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    images = dict(image_column="image", resolution=8, start=(0, 0), batch_size=2, seed=0, accelerator=one_process)
+    skipped = SkippedRows()
+    with pytest.raises(ValueError, match="none but an empty 'text' in all of epoch 1"):
+        next(streamed_images(stream, skipped=skipped, condition_column="text", **images))
+    assert "an empty 'text'" in str(skipped)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])  # of four files: all, two each, and every third row of all

@@ -10,11 +10,11 @@ from .code_cache import ReadCodes, encode
 from .data import (
     CODES_COLUMN,
     SkippedRows,
+    UsableRows,
     decode_value,
     decoded_rows,
     decoded_stream,
     is_empty,
-    streamed_name,
     streamed_rows,
     to_pixel_values,
     training_draws,
@@ -184,6 +184,9 @@ def streamed_images(
     Yields:
         uint8 `(B, 3, resolution, resolution)`, or codes `(B, h, w, D)` int64, on the device; the values of
         `condition_column`, None without one; the place in the stream after them.
+
+    Raises:
+        `ValueError`: no row of a whole epoch has a condition, or an image that can be read.
     """
     skipped = SkippedRows() if skipped is None else skipped
     is_encoded = CODES_COLUMN in (dataset.column_names or ())
@@ -201,10 +204,12 @@ def streamed_images(
 
     def rows_with_condition():
         processes = accelerator.process_index, accelerator.num_processes
+        usable = UsableRows(skipped)
         for row, place in streamed_rows(dataset, seed, buffer_size, *processes, start):
             if condition_column is not None and is_empty(row[condition_column]):
-                skipped.add(f"an empty {condition_column!r}", streamed_name(row, place))
+                usable.leave_out(row, place, f"an empty {condition_column!r}")
             else:
+                usable.keep(place)
                 yield row, place
 
     tensors, values = [], []

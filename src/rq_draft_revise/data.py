@@ -558,6 +558,24 @@ def streamed_name(row: dict, place: tuple[int, int]) -> str:
     return f"key {row['__key__']}" if "__key__" in row else f"row {place[1]} of epoch {place[0]}"
 
 
+class UsableRows:
+    """Counts the rows that a stream leaves out, and ends one that leaves out all of an epoch: it would never end."""
+
+    def __init__(self, skipped: SkippedRows):
+        self.skipped, self.last_epoch = skipped, None  # of a row that was kept
+
+    def keep(self, place: tuple[int, int]) -> None:
+        self.last_epoch = place[0]
+
+    def leave_out(self, row: dict, place: tuple[int, int], reason: str) -> None:
+        """Count it, or raise a `ValueError` where none was kept in the whole epoch before this one."""
+        if self.last_epoch is None:
+            self.last_epoch = place[0]
+        self.skipped.add(reason, streamed_name(row, place))
+        if place[0] > self.last_epoch + 1:
+            raise ValueError(f"The streamed data set has none but {reason} in all of epoch {self.last_epoch + 1}.")
+
+
 def decoded_stream(
     rows: Iterable[tuple[dict, tuple[int, int]]],
     decode: "partial",
@@ -574,7 +592,7 @@ def decoded_stream(
         `ValueError`: no row of a whole epoch can be read.
     """
 
-    last_epoch = None  # of a row that could be read
+    usable = UsableRows(skipped)
 
     def attempt(row, place):
         try:
@@ -583,14 +601,11 @@ def decoded_stream(
             return None, error
 
     def result_of(row, place, outcome):
-        nonlocal last_epoch
         decoded, error = outcome
-        if error is None or last_epoch is None:
-            last_epoch = place[0]
-        if error is not None:
-            skipped.add(reason, streamed_name(row, place))
-            if place[0] > last_epoch + 1:
-                raise ValueError(f"The streamed data set has none but {reason} in all of epoch {last_epoch + 1}.")
+        if error is None:
+            usable.keep(place)
+        else:
+            usable.leave_out(row, place, reason)
         return decoded
 
     if num_threads == 0:
