@@ -61,6 +61,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--modes", nargs="+", choices=["eager", *COMPILED_MODES], help="Default: eager, blocks, and both CUDA graphs."
     )
+    parser.add_argument("--fuse_qkv", action="store_true", help="One matrix product for queries, keys and values.")
     parser.add_argument("--runs", type=int, default=3, help="Timed runs of each case; the median counts.")
     parser.add_argument("--max_seconds", type=float, default=float("inf"), help="See above.")
     parser.add_argument("--device", default="cpu")
@@ -261,6 +262,8 @@ def main(argv=None):
             folders = [Path(folder) for folder in args.pipelines]
             pipes = {folder.name: build_pipeline(folder, getattr(torch, dtype), device) for folder in folders}
             for pipe in pipes.values():
+                if args.fuse_qkv:
+                    pipe.transformer.fuse_qkv_projections()
                 compile_step(pipe, mode)
             for batch_size in args.batch_sizes:
                 # between the cases, so that rates and times are of the same hour of a machine that is shared
