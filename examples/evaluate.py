@@ -28,14 +28,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from compute_statistics import add_network_arguments, load_images, load_network
-from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import rq_draft_revise
 from rq_draft_revise import RQVAEModel
 from rq_draft_revise.data import load_split
 from rq_draft_revise.features import CLIPEmbeddings, get_protocol, reference_features, weights_sha256
@@ -62,6 +60,7 @@ from rq_draft_revise.provenance import (
     public,
     write_json,
 )
+from rq_draft_revise.publishing import pipeline_class
 
 
 GENERATION_METRICS = ("fid", "inception_score", "precision_recall", "clip_score")
@@ -196,13 +195,8 @@ class Sampling:
     """Images of a pipeline."""
 
     def __init__(self, args, device):
-        config = DiffusionPipeline.load_config(args.pipeline)
-        pipeline_class = getattr(rq_draft_revise, config.get("_class_name", ""), None)
-        if not isinstance(pipeline_class, type) or not issubclass(pipeline_class, DiffusionPipeline):
-            raise ValueError(
-                f"--pipeline must be one of this package, got one of class {config.get('_class_name')!r}."
-            )
-        self.pipe = pipeline_class.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype)).to(device)
+        kind = pipeline_class(args.pipeline)
+        self.pipe = kind.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype)).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         transformer = self.pipe.transformer
         self.condition, self.conditions = conditions_of_all_images(args, transformer)
@@ -214,10 +208,10 @@ class Sampling:
         self.resolution, self.seed, self.protocol = height, args.seed, get_protocol(args.protocol)
 
         self.given = {name: getattr(args, name) for name in SAMPLER_ARGUMENTS if getattr(args, name) is not None}
-        accepted = inspect.signature(pipeline_class.__call__).parameters
+        accepted = inspect.signature(kind.__call__).parameters
         for name, value in self.given.items():
             if name not in accepted:
-                raise ValueError(f"--{name} is no argument of {pipeline_class.__name__}, got {value}.")
+                raise ValueError(f"--{name} is no argument of {kind.__name__}, got {value}.")
         # The pipeline checks the values themselves; better now than after the networks are loaded.
         example = {} if self.condition is None else {self.condition: self.conditions[:1]}
         self.pipe.check_inputs(**example, **self.given)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-import rq_draft_revise
 from rq_draft_revise.model_card import linked_files, model_card, moved_card, only_variant
+from rq_draft_revise.publishing import pipeline_class
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -52,14 +52,9 @@ def main(argv=None):
 
 def load_pipeline(folder: Path, dtype: torch.dtype):
     """A pipeline of whichever class of this package its index names, cast."""
-    path = folder / "model_index.json"
-    if not path.is_file():
+    if not (folder / "model_index.json").is_file():
         raise ValueError(f"`pipeline` must be the folder of a pipeline, got {folder}, without a model_index.json.")
-    class_name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
-    names = [name for name in rq_draft_revise.__all__ if name.endswith("Pipeline")]
-    if class_name not in names:
-        raise ValueError(f"`pipeline` must be one of {names}, got {class_name!r} in {folder}.")
-    return getattr(rq_draft_revise, class_name).from_pretrained(folder, dtype=dtype, variant=only_variant(folder))
+    return pipeline_class(folder).from_pretrained(folder, dtype=dtype, variant=only_variant(folder))
 
 
 def write_card(pipe, source: Path, folder: Path, variant: str | None) -> None:

@@ -31,7 +31,6 @@ from compute_statistics import add_network_arguments, load_images, load_network
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-import rq_draft_revise
 from rq_draft_revise import DraftAndRevisePipeline
 from rq_draft_revise.data import load_split
 from rq_draft_revise.features import get_protocol, reference_features, weights_sha256
@@ -45,6 +44,7 @@ from rq_draft_revise.provenance import (
     library_versions,
     write_json,
 )
+from rq_draft_revise.publishing import pipeline_class
 from rq_draft_revise.stages import sample_stages, seconds_now
 
 
@@ -156,11 +156,8 @@ def plan(args) -> dict[str, Run]:
 
 def load_pipeline(folder: str, device: str, dtype: str = "float32") -> DiffusionPipeline:
     """A pipeline of this package, whichever `model_index.json` says, its transformer in `dtype`."""
-    name = DiffusionPipeline.load_config(folder)["_class_name"]
-    if name not in ("DraftAndRevisePipeline", "RQTransformerPipeline"):
-        raise ValueError(f"{folder} must be a DraftAndRevisePipeline or an RQTransformerPipeline, got a {name}.")
     dtypes = {"transformer": getattr(torch, dtype), "default": torch.float32}
-    pipe = getattr(rq_draft_revise, name).from_pretrained(folder, dtype=dtypes).to(device)
+    pipe = pipeline_class(folder).from_pretrained(folder, dtype=dtypes).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

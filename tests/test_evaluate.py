@@ -355,7 +355,7 @@ def test_a_damaged_batch_is_one_clear_error_and_can_be_made_again(problem, tmp_p
         (dict(features="other"), "other weights"),
         (dict(features="larger"), "8×8|16×16"),
         (dict(pipeline="classifier"), "model_index.json"),
-        (dict(pipeline="foreign"), "--pipeline must be one of this package.*'DDPMPipeline'"),
+        (dict(pipeline="foreign"), "`pipeline` must be one of .*RQTransformerPipeline.*got 'DDPMPipeline'"),
         (dict(metrics=["clip_score"], clip="nowhere"), "--clip"),
         (dict(metrics=["rfid"]), "--metrics must be among"),
         (dict(metrics=[]), "nothing to do"),

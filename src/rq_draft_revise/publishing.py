@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from huggingface_hub import CommitInfo, ModelCard, create_repo, upload_folder
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
@@ -94,6 +95,26 @@ class HubPipelineMixin(ModelCardMixin):
             if isinstance(value, list) and len(value) == 2 and value[0] in COMPONENT_MODULES:
                 config[name] = [f"{PACKAGE}.{value[0]}", value[1]]
         return config
+
+
+def pipeline_class(pipeline: str | Path) -> type:
+    """The class of this package that loads a pipeline, by its `model_index.json`.
+
+    Args:
+        pipeline (`str` or `Path`): Folder or Hub id; an export with its own code may be one too.
+
+    Raises:
+        `ValueError`: it is none of this package's. `OSError`: it has no `model_index.json`.
+    """
+    import rq_draft_revise  # here, because the package's pipelines import this module
+
+    names = [name for name in rq_draft_revise.__all__ if name.endswith("Pipeline")]
+    class_name = DiffusionPipeline.load_config(pipeline).get("_class_name")
+    if isinstance(class_name, list):
+        class_name = class_name[1]
+    if class_name not in names:
+        raise ValueError(f"`pipeline` must be one of {names}, got {class_name!r} in {pipeline}.")
+    return getattr(rq_draft_revise, class_name)
 
 
 def write_card(component, folder: str | Path, repo_id: str, token: str | None = None) -> None:
