@@ -60,7 +60,7 @@ from rq_draft_revise.provenance import (
     public,
     write_json,
 )
-from rq_draft_revise.publishing import pipeline_class
+from rq_draft_revise.publishing import pipeline_class_of
 
 
 GENERATION_METRICS = ("fid", "inception_score", "precision_recall", "clip_score")
@@ -195,7 +195,7 @@ class Sampling:
     """Images of a pipeline."""
 
     def __init__(self, args, device):
-        kind = pipeline_class(args.pipeline)
+        kind = pipeline_class_of(args.pipeline)
         self.pipe = kind.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype)).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         transformer = self.pipe.transformer

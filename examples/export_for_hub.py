@@ -24,6 +24,7 @@ from huggingface_hub import ModelCard, create_repo, snapshot_download, upload_fo
 
 import rq_draft_revise
 from rq_draft_revise.model_card import SOURCE_URL, linked_files, model_card, moved_card, only_variant
+from rq_draft_revise.publishing import pipeline_class_of
 
 
 PACKAGE = rq_draft_revise.__name__
@@ -168,7 +169,7 @@ def main(argv=None):
     args = parse_args(argv)
     source, folder = find_pipeline(args.pipeline), Path(args.output_dir)
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
-    pipeline_class = check_pipeline_class(index, args.pipeline)
+    pipeline_class = pipeline_class_of(source)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
 
@@ -213,14 +214,6 @@ def find_pipeline(name: str) -> Path:
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"`pipeline` must be a pipeline's folder or Hub id, got {name}, without a model_index.json.")
     return folder
-
-
-def check_pipeline_class(index: dict, name: str) -> type:
-    """The pipeline's class, of this package; a `ValueError` for others and for what has been exported already."""
-    names = [public for public in rq_draft_revise.__all__ if public.endswith("Pipeline")]
-    if index["_class_name"] not in names:
-        raise ValueError(f"`pipeline` must be one of {names}, got {index['_class_name']!r} in {name}.")
-    return getattr(rq_draft_revise, index["_class_name"])
 
 
 def source_card(name: str, source: Path, pipeline_class: type, folder: Path, repo_id: str) -> ModelCard:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from rq_draft_revise.model_card import linked_files, model_card, moved_card, only_variant
-from rq_draft_revise.publishing import pipeline_class
+from rq_draft_revise.publishing import pipeline_class_of
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -54,7 +54,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype):
     """A pipeline of whichever class of this package its index names, cast."""
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"`pipeline` must be the folder of a pipeline, got {folder}, without a model_index.json.")
-    return pipeline_class(folder).from_pretrained(folder, dtype=dtype, variant=only_variant(folder))
+    return pipeline_class_of(folder).from_pretrained(folder, dtype=dtype, variant=only_variant(folder))
 
 
 def write_card(pipe, source: Path, folder: Path, variant: str | None) -> None:

@@ -44,7 +44,7 @@ from rq_draft_revise.provenance import (
     library_versions,
     write_json,
 )
-from rq_draft_revise.publishing import pipeline_class
+from rq_draft_revise.publishing import pipeline_class_of
 from rq_draft_revise.stages import sample_stages, seconds_now
 
 
@@ -157,7 +157,7 @@ def plan(args) -> dict[str, Run]:
 def load_pipeline(folder: str, device: str, dtype: str = "float32") -> DiffusionPipeline:
     """A pipeline of this package, whichever `model_index.json` says, its transformer in `dtype`."""
     dtypes = {"transformer": getattr(torch, dtype), "default": torch.float32}
-    pipe = pipeline_class(folder).from_pretrained(folder, dtype=dtypes).to(device)
+    pipe = pipeline_class_of(folder).from_pretrained(folder, dtype=dtypes).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -97,21 +97,20 @@ class HubPipelineMixin(ModelCardMixin):
         return config
 
 
-def pipeline_class(pipeline: str | Path) -> type:
+def pipeline_class_of(pipeline: str | Path) -> type:
     """The class of this package that loads a pipeline, by its `model_index.json`.
 
     Args:
-        pipeline (`str` or `Path`): Folder or Hub id; an export with its own code may be one too.
+        pipeline (`str` or `Path`): Folder or Hub id.
 
     Raises:
-        `ValueError`: it is none of this package's. `OSError`: it has no `model_index.json`.
+        `ValueError`: it is none of this package's, or an export with its own code. `OSError`: it has no
+        `model_index.json`.
     """
     import rq_draft_revise  # here, because the package's pipelines import this module
 
     names = [name for name in rq_draft_revise.__all__ if name.endswith("Pipeline")]
     class_name = DiffusionPipeline.load_config(pipeline).get("_class_name")
-    if isinstance(class_name, list):
-        class_name = class_name[1]
     if class_name not in names:
         raise ValueError(f"`pipeline` must be one of {names}, got {class_name!r} in {pipeline}.")
     return getattr(rq_draft_revise, class_name)
