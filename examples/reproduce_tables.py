@@ -31,7 +31,7 @@ from compute_statistics import add_network_arguments, load_images, load_network
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from rq_draft_revise import DraftAndRevisePipeline
+from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline
 from rq_draft_revise.data import load_split
 from rq_draft_revise.features import get_protocol, reference_features, weights_sha256
 from rq_draft_revise.images import encode_pixels
@@ -156,8 +156,10 @@ def plan(args) -> dict[str, Run]:
 
 def load_pipeline(folder: str, device: str, dtype: str = "float32") -> DiffusionPipeline:
     """A pipeline of this package, whichever `model_index.json` says, its transformer in `dtype`."""
-    dtypes = {"transformer": getattr(torch, dtype), "default": torch.float32}
-    pipe = pipeline_class_of(folder).from_pretrained(folder, dtype=dtypes).to(device)
+    kind, dtypes = pipeline_class_of(folder), {"transformer": getattr(torch, dtype), "default": torch.float32}
+    if kind not in (DraftAndRevisePipeline, RQTransformerPipeline):
+        raise ValueError(f"{folder} must be a pipeline that needs no image, got a {kind.__name__}.")
+    pipe = kind.from_pretrained(folder, dtype=dtypes).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -13,7 +13,12 @@ from components import tiny_rq_transformer, tiny_transformer, tiny_vae
 from PIL import Image
 from test_evaluate import command_line, run_statistics, tiny_classifier
 
-from rq_draft_revise import DraftAndRevisePipeline, DraftAndReviseScheduler, RQTransformerPipeline
+from rq_draft_revise import (
+    DraftAndReviseInpaintPipeline,
+    DraftAndRevisePipeline,
+    DraftAndReviseScheduler,
+    RQTransformerPipeline,
+)
 from rq_draft_revise.features import load_feature_network
 from rq_draft_revise.metrics import ReferenceStatistics, frechet_distance, moments
 from rq_draft_revise.provenance import image_seed
@@ -199,12 +204,14 @@ def test_figure_1_is_drawn_from_the_results(whole, tmp_path):
 
 
 def test_bad_flags_are_named(problem, tmp_path):
+    DraftAndReviseInpaintPipeline.from_pretrained(problem / "rq").save_pretrained(tmp_path / "inpaint")
     for flags, message in (
         (dict(num_images=40), "num_images"),
         (dict(num_images=4), "num_images"),
         (dict(results=tmp_path / "results.txt"), "results"),
         (dict(dataset_name="x"), "dataset_name"),
         (dict(pipeline=problem / "classifier"), "classifier"),
+        (dict(pipeline=tmp_path / "inpaint"), "needs no image, got a DraftAndReviseInpaintPipeline"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             reproduce(problem, tmp_path, parts=["guidance"], **flags)
