@@ -15,13 +15,14 @@ live in a cache, and main memory is not their limit.
 import contextlib
 import resource
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import flops
 import torch
+
+from rq_draft_revise.stages import seconds_now
 
 
 class Part(NamedTuple):
@@ -34,15 +35,9 @@ class Part(NamedTuple):
 
 def seconds(function: Callable, device: torch.device) -> float:
     """Of one call: process time on the CPU, so that other programs do not count, and else of the clock on the wall."""
-    if device.type == "cpu":
-        start = time.process_time()
-        function()
-        return time.process_time() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = seconds_now(device)
     function()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return seconds_now(device) - start
 
 
 def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:

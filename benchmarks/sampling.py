@@ -27,7 +27,6 @@ for what they take of the caches; memory is the peak of the whole process, torch
 """
 
 import argparse
-import json
 import platform
 import shlex
 import sys
@@ -35,14 +34,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
-import diffusers
 import limits
 import torch
 from random_pipelines import build_pipeline, compile_step
 from sampling_report import laws, print_report
 
 from rq_draft_revise import DraftAndRevisePipeline
-from rq_draft_revise.provenance import git_revision
+from rq_draft_revise.provenance import git_revision, library_versions, write_json
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -231,11 +229,7 @@ def report_of(cases: list[Case], left_out: list[Case], rates: dict, bandwidths: 
         "command": shlex.join(sys.argv),
         "git_revision": git_revision(),
         "seed": 0,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
+        "versions": library_versions(),
         "hardware": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "threads": torch.get_num_threads(),
@@ -281,13 +275,12 @@ def main(argv=None):
                 cases += group
                 for case in group:
                     print(f"{case.name}, batch {batch_size}, {dtype}, {mode}: {case.seconds:.4g} s", file=sys.stderr)
+                report = report_of(cases, left_out, rates, bandwidths, args)
                 if args.output:  # after each group, so that a run cut short leaves what it has
-                    report = report_of(cases, left_out, rates, bandwidths, args)
-                    Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
+                    write_json(Path(args.output), report)
                 if mode != "eager":
                     torch.compiler.reset()
             del pipes, pipe
-    report = report_of(cases, left_out, rates, bandwidths, args)
     print_report(report)
     if args.plot:
         from sampling_plot import plot

@@ -23,14 +23,12 @@ import argparse
 import contextlib
 import io
 import json
-import resource
-import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import flops
+import limits
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
@@ -42,6 +40,7 @@ from rq_draft_revise import ContextualRQTransformerModel, RQVAEModel
 from rq_draft_revise.data import decode_image, to_pixel_values
 from rq_draft_revise.discriminator import PatchDiscriminator
 from rq_draft_revise.masks import random_mask
+from rq_draft_revise.stages import seconds_now
 from rq_draft_revise.training import MODELS
 
 
@@ -77,17 +76,11 @@ class Stopwatch:
         self.parts = defaultdict(list)
         self._device = device
 
-    def now(self) -> float:
-        if self._device.type == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
     @contextlib.contextmanager
     def part(self, name: str):
-        start = self.now()
+        start = seconds_now(self._device)
         yield
-        self.parts[name].append(self.now() - start)
+        self.parts[name].append(seconds_now(self._device) - start)
 
     def medians(self) -> dict[str, float]:
         return {name: float(np.median(values)) for name, values in self.parts.items()}
@@ -95,27 +88,6 @@ class Stopwatch:
 
 def autocast(args):
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.mixed_precision == "bf16")
-
-
-def matrix_product_rate(args) -> float:
-    """FLOP/s of a square matrix product at the precision of the training; the best of ten."""
-    device = torch.device(args.device)
-    size = 1024 if device.type == "cpu" else 8192
-    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    watch = Stopwatch(device)
-    for _ in range(12):
-        with watch.part("product"):
-            a @ b
-    return 2 * size**3 / min(watch.parts["product"][2:])
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device, or on the CPU of the whole process since it started."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def conditions(config, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -187,7 +159,7 @@ def time_training(args, folder: Path, rate: float) -> dict:
     num_masked = []
     for _ in range(args.steps + 2):
         num_masked.append(step(masked))
-        memory = peak_memory(device)  # before the other version has had its turn, in the first round
+        memory = limits.peak_memory(device)  # before the other version has had its turn, in the first round
         if is_contextual:
             step(whole, every)
     for watch in (masked, whole):
@@ -289,7 +261,8 @@ def main(argv=None):
             print(f"{row['eflop']:>9,.1f}" + "".join(f"{row[gpu]:>12,.0f}" for gpu in PEAK_TFLOPS))
         print(f"\nat {ASSUMED_MFU:.0%} of {', '.join(f'{v} TFLOP/s ({k})' for k, v in PEAK_TFLOPS.items())}")
     else:
-        rate = matrix_product_rate(args)
+        dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+        rate = limits.matrix_product_rate(torch.device(args.device), dtype)
         report = [time_training(args, Path(folder), rate) for folder in args.pipelines]
         print(f"matrix product: {rate / 1e12:.3f} TFLOP/s; {args.device}, {torch.get_num_threads()} threads, "
               f"precision {args.mixed_precision}, batch {args.batch_size}, torch {torch.__version__}")  # fmt: skip
