@@ -231,6 +231,7 @@ class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPi
         if not condition:
             return None
         prefix = self.transformer(**condition).prefix_key_values
+        # always a copy: a CUDA graph of the transformer's call writes its results to the same memory each time
         return prefix.repeat_interleave(num_images_per_prompt, dim=2)
 
     def prepare_image(self, image: Images) -> torch.Tensor:
