@@ -23,7 +23,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import ModelCard, create_repo, snapshot_download, upload_folder
 
 import rq_draft_revise
-from rq_draft_revise.model_card import SOURCE_URL, linked_files, model_card, moved_card, only_variant
+from rq_draft_revise.model_card import SOURCE_URL, copy_card, model_card, only_variant
 from rq_draft_revise.publishing import pipeline_class_of
 
 
@@ -218,15 +218,10 @@ def find_pipeline(name: str) -> Path:
 
 def source_card(name: str, source: Path, pipeline_class: type, folder: Path, repo_id: str) -> ModelCard:
     """The card that came with the pipeline, its pictures copied to `folder`, or a new one."""
-    if not (source / "README.md").is_file():
-        variant = only_variant(source)
-        return model_card(pipeline_class.from_pretrained(source, variant=variant), repo_id, variant=variant)
-    text = (source / "README.md").read_text(encoding="utf-8")
-    for file in linked_files(text, source):
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / file, folder / file)
-    place = source.resolve().as_posix() if Path(name).is_dir() else name
-    return ModelCard(moved_card(text, place, repo_id), ignore_metadata_errors=True)
+    if copy_card(source, folder, repo_id, place=None if Path(name).is_dir() else name):
+        return ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+    variant = only_variant(source)
+    return model_card(pipeline_class.from_pretrained(source, variant=variant), repo_id, variant=variant)
 
 
 def with_both_ways(card: ModelCard, class_name: str, repo_id: str) -> ModelCard:

@@ -7,12 +7,11 @@ Where `output_dir` has no README.md yet, the pipeline's own is copied, or one is
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import torch
 
-from rq_draft_revise.model_card import linked_files, model_card, moved_card, only_variant
+from rq_draft_revise.model_card import copy_card, model_card, only_variant
 from rq_draft_revise.publishing import pipeline_class_of
 
 
@@ -44,8 +43,8 @@ def main(argv=None):
             # transformers 5 renamed the class; 4 and 5 both know the old name
             content["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if not (folder / "README.md").exists():
-        write_card(pipe, source, folder, args.variant)
+    if not (folder / "README.md").exists() and not copy_card(source, folder, folder.as_posix()):
+        model_card(pipe, folder.as_posix(), variant=args.variant).save(folder / "README.md")
     files = [path for path in folder.glob("**/*") if path.is_file()]
     print(f"Wrote {folder}: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB in {len(files)} files.")
 
@@ -55,20 +54,6 @@ def load_pipeline(folder: Path, dtype: torch.dtype):
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"`pipeline` must be the folder of a pipeline, got {folder}, without a model_index.json.")
     return pipeline_class_of(folder).from_pretrained(folder, dtype=dtype, variant=only_variant(folder))
-
-
-def write_card(pipe, source: Path, folder: Path, variant: str | None) -> None:
-    """Copy the card of `source` into `folder`, with the files it links to, or write one."""
-    if not (source / "README.md").is_file():
-        model_card(pipe, folder.as_posix(), variant=variant).save(folder / "README.md")
-        return
-    text = (source / "README.md").read_text(encoding="utf-8")
-    for name in linked_files(text, source):
-        if not (folder / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
-    text = moved_card(text, source.resolve().as_posix(), folder.as_posix())
-    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

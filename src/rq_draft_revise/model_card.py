@@ -6,6 +6,7 @@ says so.
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -299,6 +300,30 @@ def only_variant(folder: str | Path) -> str | None:
     names = [path.name.removesuffix(".safetensors") for path in Path(folder).rglob("*.safetensors")]
     variants = {re.sub(r"-\d+-of-\d+$", "", name).partition(".")[2] for name in names}
     return (variants.pop() or None) if len(variants) == 1 else None
+
+
+def copy_card(source: str | Path, folder: str | Path, repo_id: str, place: str | None = None) -> bool:
+    """Copy the README.md of a pipeline's folder, rewritten to load `repo_id`, and the files it links to that `folder`
+    does not have.
+
+    Args:
+        source (`str` or `Path`), folder (`str` or `Path`): From where to where.
+        repo_id (`str`): What the card's code is to load, a Hub id or a folder.
+        place (`str`, *optional*): What it loads now; the path of `source` by default.
+
+    Returns:
+        Whether there was a card.
+    """
+    source, folder = Path(source).resolve(), Path(folder)
+    if not (source / "README.md").is_file():
+        return False
+    text = (source / "README.md").read_text(encoding="utf-8")
+    for name in linked_files(text, source):
+        if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+    (folder / "README.md").write_text(moved_card(text, place or source.as_posix(), repo_id), encoding="utf-8")
+    return True
 
 
 def moved_card(text: str, source: str, repo_id: str) -> str:

@@ -1,6 +1,5 @@
 """Publishing on the Hub and loading from it, beyond diffusers: cards, our module paths, the upload after training."""
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from huggingface_hub import CommitInfo, ModelCard, create_repo, upload_folder
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-from .model_card import linked_files, model_card, moved_card, only_variant
+from .model_card import copy_card, model_card, only_variant
 
 
 PACKAGE = __name__.rpartition(".")[0]
@@ -124,14 +123,7 @@ def write_card(component, folder: str | Path, repo_id: str, token: str | None = 
         published.save(folder / "README.md")
         return
     source = getattr(component.config, "_name_or_path", None)
-    if source and (Path(source) / "README.md").is_file():
-        source = Path(source).resolve()
-        text = (source / "README.md").read_text(encoding="utf-8")
-        for name in linked_files(text, source):
-            if not (folder / name).exists():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / name, folder / name)
-        (folder / "README.md").write_text(moved_card(text, source.as_posix(), repo_id), encoding="utf-8")
+    if source and copy_card(source, folder, repo_id):
         return
     model_card(component, repo_id, variant=only_variant(folder)).save(folder / "README.md")
 
