@@ -197,8 +197,7 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
             do_classifier_free_guidance=do_classifier_free_guidance,
             device=device or self._execution_device,
         )
-        # The cache is copied, even for one image a prompt: a CUDA graph of the transformer's call writes its results to
-        # the same memory each time.
+        # always a copy of the cache: a CUDA graph of the transformer's call writes its results to the same memory
         if not condition:
             return {"past_key_values": self.transformer(latents).past_key_values.clone()}
         # read once a prompt, not once an image
