@@ -22,6 +22,7 @@ from tqdm import tqdm
 from rq_draft_revise.data import load_split
 from rq_draft_revise.features import PROTOCOLS, FeatureNetwork, NetworkOutput, get_protocol, load_feature_network
 from rq_draft_revise.metrics import ReferenceStatistics, RunningMoments
+from rq_draft_revise.waiting import main_process_first, wait_for_everyone
 
 
 def parse_args(argv=None):
@@ -144,7 +145,7 @@ def load_images(args) -> PreparedImages:
 
 def main(args):
     accelerator = Accelerator()
-    with accelerator.main_process_first():  # one process prepares the files that all then map
+    with main_process_first(accelerator):  # one process prepares the files that all then map
         images = load_images(args)
     num_images = min(len(images), args.max_images or len(images))
     if num_images < 2:
@@ -175,6 +176,7 @@ def main(args):
                     kept_images[index] = batch[row].permute(1, 2, 0).numpy().copy()
 
     parts = [(moments, spatial_moments, kept_features, kept_images)]
+    wait_for_everyone(accelerator)
     if accelerator.num_processes > 1:
         parts = gather_object(parts)
     if accelerator.is_main_process:

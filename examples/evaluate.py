@@ -61,6 +61,7 @@ from rq_draft_revise.provenance import (
     write_json,
 )
 from rq_draft_revise.publishing import pipeline_class_of
+from rq_draft_revise.waiting import main_process_first, wait_for_everyone
 
 
 GENERATION_METRICS = ("fid", "inception_score", "precision_recall", "clip_score")
@@ -476,7 +477,7 @@ def main(args):
     started = time.monotonic()
 
     # 1. What is drawn, and what looks at it
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         work = (Reconstruction if args.reconstruct else Sampling)(args, device)
     networks = Networks.load(args, device)
     check_networks(networks, work, args)
@@ -525,7 +526,8 @@ def main(args):
         record = {"seconds": seconds, "num_processes": accelerator.num_processes, "hardware": hardware(device)}
         save_file({name: t.contiguous() for name, t in measured.items()}, aside, {"record": json.dumps(record)})
         aside.replace(path)
-    num_made = int(accelerator.reduce(torch.tensor(num_made, device=device)))  # waits for everyone
+    wait_for_everyone(accelerator)
+    num_made = int(accelerator.reduce(torch.tensor(num_made, device=device)))
 
     # 4. Score
     if accelerator.is_main_process:

@@ -23,6 +23,7 @@ from accelerate.utils import set_seed
 from rq_draft_revise.budget import Budget, learning_rate_at
 from rq_draft_revise.data import decode_all, load_split, to_pixel_values, training_order
 from rq_draft_revise.features import ImageClassifierModel
+from rq_draft_revise.waiting import main_process_first
 
 
 def parse_args(argv=None):
@@ -125,7 +126,7 @@ def main(args):
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(args.seed)
     device = accelerator.device
-    with accelerator.main_process_first():  # one process prepares the files that all then map
+    with main_process_first(accelerator):  # one process prepares the files that all then map
         images, labels, names = load_labelled(args, args.train_split, args.data_files)
         test = None
         if args.test_split != "none" and (args.data_files is None or args.test_files):

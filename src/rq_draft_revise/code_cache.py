@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from .data import CODES_COLUMN, SkippedRows, decoded_rows, to_pixel_values
 from .rqvae import RQVAEModel
+from .waiting import wait_for_everyone
 
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def cached_codes(
             return file.metadata() == metadata
 
     reuse = is_current()
-    accelerator.wait_for_everyone()  # nobody writes before all have looked
+    wait_for_everyone(accelerator)  # nobody writes before all have looked
     if reuse:
         accelerator.print(f"reading the training codes from {path}")
     else:
@@ -175,7 +176,7 @@ def cached_codes(
         shape = (0,) if not codes else codes[0].shape[1:]
         codes = torch.cat(codes) if codes else torch.empty(0, *shape)
         save_file({"rows": torch.tensor(rows, dtype=torch.int64), "codes": codes}, parts[accelerator.process_index])
-        accelerator.wait_for_everyone()
+        wait_for_everyone(accelerator)
         if accelerator.is_main_process:
             shares = [load_tensors(part) for part in parts]
             shares = [share for share in shares if len(share["rows"])]
@@ -188,7 +189,7 @@ def cached_codes(
             partial.rename(path)
             for part in parts:
                 part.unlink()
-        accelerator.wait_for_everyone()
+        wait_for_everyone(accelerator)
     tensors = load_tensors(path)
     return tensors["rows"], tensors["codes"]
 

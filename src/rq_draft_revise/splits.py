@@ -12,6 +12,7 @@ from .code_cache import cached_codes, codes_in_dataset, codes_in_memory, digest_
 from .data import CODES_COLUMN, VAE_COLUMN, SkippedRows, load_split, split_names, undecoded, without_empty
 from .rqvae import RQVAEModel
 from .validation import ValidationSet
+from .waiting import main_process_first
 
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def load_splits(
         filter_max=args.filter_max, streaming=args.streaming,
         **({} if condition_name is None else {condition_name: condition_column}),
     )  # fmt: skip
-    with accelerator.main_process_first():  # one process prepares the files that all then map
+    with main_process_first(accelerator):  # one process prepares the files that all then map
         train_dataset = load(args.train_split, **files)
         if args.validation_data_files is not None:
             names, files = ["validation"], {"data_files": args.validation_data_files, "train_split": "validation"}
