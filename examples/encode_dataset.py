@@ -32,6 +32,7 @@ from rq_draft_revise.code_cache import digest_of, encoded_rows
 from rq_draft_revise.data import CODES_COLUMN, VAE_COLUMN, SkippedRows, is_empty, load_split, local_state, undecoded
 from rq_draft_revise.flags import FlagHelp, add_data_flags, add_view_flags, check_flags
 from rq_draft_revise.training import load_vae
+from rq_draft_revise.waiting import main_process_first, wait_for_everyone
 
 
 def parse_args(argv=None):
@@ -53,12 +54,26 @@ def parse_args(argv=None):
         raise ValueError("Give the images by --dataset_name, --train_data_dir or --data_files.")
     if args.data_files is not None and args.dataset_name is None and len(args.splits) > 1:
         raise ValueError(f"--splits must be one for --data_files, got {args.splits}.")
+    split_of = {}
+    for split in args.splits:
+        name = name_of(split)
+        if name in split_of:
+            raise ValueError(
+                f"--splits must have different names, by which their files go, got {split_of[name]!r} and {split!r}, "
+                f"both of {name!r}: encode them into two folders."
+            )
+        split_of[name] = split
     if args.num_draws > 1 and not args.random_crop and args.tau == 0:
         raise ValueError(
             f"--num_draws must be 1 without --random_crop and --tau: all {args.num_draws} would be equal."
         )
     check_flags(args)
     return args
+
+
+def name_of(split):
+    """What the files of a split are called: "train" of `"train[:90%]"`."""
+    return split.split("[")[0]
 
 
 def settings_of(args, vae):
@@ -165,7 +180,7 @@ def main(args):
     settings = settings_of(args, vae)
     check_same_settings(output_dir / ".encoding.json", settings)
     is_finished = (output_dir / "data").is_dir()
-    accelerator.wait_for_everyone()  # nobody writes before all have looked
+    wait_for_everyone(accelerator)  # nobody writes before all have looked
     if is_finished:
         accelerator.print(f"{output_dir} is finished, with these settings.")
         return
@@ -177,14 +192,14 @@ def main(args):
 
     counts = {}
     for split in args.splits:
-        with accelerator.main_process_first():  # one process prepares the files that all then map
+        with main_process_first(accelerator):  # one process prepares the files that all then map
             dataset = load_split(
                 split, args.image_column, args.caption_column, args.dataset_name, args.train_data_dir, args.data_files,
                 split, args.label_column, args.dataset_config_name, args.streaming, args.filter_column,
                 args.filter_min, args.filter_max,
             )  # fmt: skip
         num_files, part = parts_of(dataset, args)
-        name = split.split("[")[0]
+        name = name_of(split)
         paths = [unfinished / f"{name}-{k:05d}-of-{num_files:05d}.parquet" for k in range(num_files)]
         for k in range(accelerator.process_index, num_files, accelerator.num_processes):
             if paths[k].is_file():
@@ -196,7 +211,7 @@ def main(args):
             encoded.to_parquet(partial)
             partial.rename(paths[k])  # a file of this name is complete
             print(f"{paths[k].name}: {len(encoded):,} rows, skipped: {skipped}", flush=True)
-        accelerator.wait_for_everyone()
+        wait_for_everyone(accelerator)
         if accelerator.is_main_process:
             counts[name] = sum(pq.read_metadata(path).num_rows for path in paths)
     if accelerator.is_main_process:

@@ -21,11 +21,9 @@ Into `output_dir` the script writes `train_log.jsonl` (the curves of a model car
 import argparse
 from functools import partial
 
-import numpy as np
-import torch
 from transformers import AutoTokenizer
 
-from rq_draft_revise.data import SkippedRows, is_empty
+from rq_draft_revise.data import SkippedRows, input_ids_of, is_empty
 from rq_draft_revise.flags import (
     FlagHelp,
     add_data_flags,
@@ -112,16 +110,6 @@ def load_tokenizer(args, config):
     return tokenizer
 
 
-def input_ids_of(captions, tokenizer, max_text_length):
-    """Captions to `(n, max_text_length)` int32, padded to full length: the model reads the padding as text."""
-    wrong = [caption for caption in captions if not isinstance(caption, str)]
-    if wrong:
-        raise ValueError(f"--caption_column must hold texts, got {wrong[0]!r}.")
-    settings = dict(padding="max_length", truncation=True, max_length=max_text_length)
-    chunks = [captions[i : i + 10_000] for i in range(0, len(captions), 10_000)]
-    return torch.from_numpy(np.concatenate([np.array(tokenizer(c, **settings).input_ids, np.int32) for c in chunks]))
-
-
 def sample_prompts(validation_datasets, train_dataset, args):
     """The captions of the sample grid: the first different ones of the first validation split, or of training."""
     prompts = {}
@@ -148,7 +136,12 @@ def main(args):
     pipeline = load_pipeline(args, vae, transformer, tokenizer=tokenizer)
 
     # 2. Data
-    encode_captions = partial(input_ids_of, tokenizer=tokenizer, max_text_length=config.max_text_length)
+    encode_captions = partial(
+        input_ids_of,
+        tokenizer=tokenizer,
+        max_text_length=config.max_text_length,
+        text_vocab_size=config.text_vocab_size,
+    )
     train_dataset, validation_datasets = load_splits(args, accelerator, args.caption_column, "caption_column")
     data = (vae, config, args.caption_column, encode_captions)
     skipped = SkippedRows(f"split {args.train_split!r}")

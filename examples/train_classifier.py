@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from rq_draft_revise.budget import Budget, learning_rate_at
-from rq_draft_revise.data import decode_all, load_split, to_pixel_values, training_order
+from rq_draft_revise.data import decoded_rows, load_split, to_pixel_values, training_order
 from rq_draft_revise.features import ImageClassifierModel
 from rq_draft_revise.waiting import main_process_first
 
@@ -94,7 +94,10 @@ def load_labelled(args, split: str, data_files) -> tuple[torch.Tensor, torch.Ten
     if not all(isinstance(label, int) and label >= 0 for label in labels):
         raise ValueError(f"--label_column must hold class ids, integers from 0 on, got {args.label_column!r}.")
     names = names or [str(label) for label in range(max(labels) + 1)]
-    return decode_all(dataset, args.image_column, args.resolution), torch.tensor(labels), names
+    batches = torch.arange(len(dataset)).split(500)
+    decoded = decoded_rows(dataset, [batch.tolist() for batch in batches], args.image_column, args.resolution, "cpu")
+    images, rows = (torch.cat(parts) for parts in zip(*decoded))  # another row may stand in, with its own label
+    return images, torch.tensor(labels)[rows], names
 
 
 def shift(images: torch.Tensor, max_shift: int, generator: torch.Generator) -> torch.Tensor:

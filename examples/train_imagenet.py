@@ -21,9 +21,7 @@ import argparse
 import re
 from functools import partial
 
-import torch
-
-from rq_draft_revise.data import SkippedRows
+from rq_draft_revise.data import SkippedRows, class_labels_of
 from rq_draft_revise.flags import (
     FlagHelp,
     add_data_flags,
@@ -93,17 +91,6 @@ def class_names(args, dataset, num_classes):
     if known and all(re.fullmatch(r"n\d{8}", name) for name in names):
         return known
     return dict(enumerate(names))
-
-
-def class_labels_of(labels, num_classes):
-    """Labels, a list of integers, to `(n,)` int64."""
-    wrong = [label for label in labels if not isinstance(label, int) or not 0 <= label < num_classes]
-    if wrong:
-        raise ValueError(
-            f"--label_column must hold integers in [0, {num_classes - 1}], the classes of the transformer, got "
-            f"{wrong[0]!r}."
-        )
-    return torch.tensor(labels, dtype=torch.int64)
 
 
 def main(args):

@@ -25,11 +25,12 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from rq_draft_revise import DraftAndRevisePipeline
 from rq_draft_revise.budget import learning_rate_at
-from rq_draft_revise.conditions import tokenize
-from rq_draft_revise.data import decode_all, load_split, to_pixel_values, training_order
+from rq_draft_revise.code_cache import encoded_rows
+from rq_draft_revise.data import SkippedRows, class_labels_of, input_ids_of, load_split, training_order, without_empty
 from rq_draft_revise.masks import random_mask
 from rq_draft_revise.model_card import model_card
 from rq_draft_revise.publishing import create_repository, upload
+from rq_draft_revise.waiting import main_process_first
 
 
 def parse_args(argv=None):
@@ -95,32 +96,53 @@ def parse_args(argv=None):
 
 
 def load_condition(args, dataset, pipe) -> tuple[str | None, torch.Tensor | None]:
-    """The transformer's argument for the condition, with its rows `(num_images, ...)`; None where it has none."""
+    """The transformer's argument for the condition, with its rows `(num_images, ...)`; None where it has none.
+
+    Captions that are cut are counted.
+
+    Raises:
+        `ValueError`: a caption that is no text, or a label that is no class of the transformer.
+    """
     config = pipe.transformer.config
     if config.text_vocab_size is not None:
         captions = [args.instance_prompt] * len(dataset) if args.instance_prompt else dataset[args.caption_column][:]
-        return "input_ids", tokenize(captions, pipe.tokenizer, config.max_text_length, config.text_vocab_size)
+        ids = input_ids_of(captions, pipe.tokenizer, config.max_text_length, config.text_vocab_size)
+        whole = pipe.tokenizer(captions).input_ids
+        cut = [text for text, tokens in zip(captions, whole) if len(tokens) > config.max_text_length]
+        if cut:
+            print(
+                f"Cut: {len(cut):,} of {len(captions):,} captions, of which the model reads the first "
+                f"{config.max_text_length} tokens, such as {cut[0]!r}",
+                flush=True,
+            )
+        return "input_ids", ids.long()
     if config.num_classes is not None:
-        return "class_labels", torch.tensor(dataset[args.label_column][:])
+        return "class_labels", class_labels_of(dataset[args.label_column][:], config.num_classes)
     return None, None
 
 
-@torch.no_grad()
-def encode_images(args, dataset, pipe, device) -> torch.Tensor:
-    """Codes `(num_images, views, h, w, D)` of all images: a handful, so once and for all. View 1 is mirrored."""
+def encode_images(args, dataset, pipe, device, skipped=None) -> tuple[list[int], torch.Tensor]:
+    """All images as codes: a handful, so once and for all. Those that cannot be read are left out.
+
+    Returns:
+        The rows that could be read, and their codes `(rows, views, h, w, D)`, of which view 1 is mirrored.
+
+    Raises:
+        `ValueError`: none can be read, or the transformer has another number of positions.
+    """
     config = pipe.transformer.config
-    images = decode_all(dataset, args.image_column, pipe.vae.config.sample_size)  # (num_images, 3, H, W)
-    views = []
-    for flip in (False, True) if args.random_flip else (False,):
-        batches = [to_pixel_values(batch.to(device)) for batch in images.split(16)]
-        views.append(torch.cat([pipe.vae.encode(b.flip(-1) if flip else b).codes for b in batches]))
-    codes = torch.stack(views, dim=1)
+    encoded = encoded_rows(
+        dataset, pipe.vae, args.image_column, pipe.vae.config.sample_size, range(len(dataset)), device, batch_size=16,
+        random_flip=args.random_flip, skipped=skipped,
+    )  # fmt: skip
+    batches_of_rows, batches_of_codes = zip(*encoded)
+    rows, codes = sum(batches_of_rows, []), torch.cat(batches_of_codes).long().to(device)
     if codes.shape[2:4] != (config.height, config.width):
         raise ValueError(
             f"The transformer must have the RQ-VAE's {codes.shape[2]}x{codes.shape[3]} positions, got "
             f"{config.height}x{config.width}."
         )
-    return codes
+    return rows, codes
 
 
 def main(args):
@@ -169,7 +191,7 @@ def main(args):
         columns["caption_column"] = args.caption_column
     if config.num_classes is not None:
         columns["label_column"] = args.label_column
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         dataset = load_split(
             args.train_split,
             image_column=args.image_column,
@@ -177,17 +199,23 @@ def main(args):
             train_data_dir=args.train_data_dir,
             **columns,
         )
+    skipped = SkippedRows(f"split {args.train_split!r}")
+    for column in columns.values():
+        dataset = without_empty(dataset, column, skipped)
     condition_name, conditions = load_condition(args, dataset, pipe)
-    codes_of_images = encode_images(args, dataset, pipe, accelerator.device)
+    rows_of_images, codes_of_images = encode_images(args, dataset, pipe, accelerator.device, skipped)
+    conditions = None if conditions is None else conditions[rows_of_images]
+    num_images = len(rows_of_images)
     total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     accelerator.print(
         f"adapter: {sum(p.numel() for p in trainable):,} parameters of rank {args.rank}\n"
-        f"images: {len(dataset):,}; total batch {total_batch_size:,}; {args.max_train_steps:,} steps"
+        f"images: {num_images:,}; skipped rows: {skipped}; total batch {total_batch_size:,}; "
+        f"{args.max_train_steps:,} steps"
     )
 
     # 3. Training
     order = training_order(
-        len(dataset), 0, args.train_batch_size, accelerator.process_index, accelerator.num_processes, args.seed
+        num_images, 0, args.train_batch_size, accelerator.process_index, accelerator.num_processes, args.seed
     )
     num_parts = accelerator.num_processes * args.gradient_accumulation_steps
     generator = torch.Generator()
@@ -251,7 +279,7 @@ def main(args):
             transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
         )
         pictures = save_validation_images(args, pipe, output_dir) if args.validation_prompt else []
-        write_adapter_card(args, pipe, repo_id or output_dir.as_posix(), len(dataset), mean, pictures)
+        write_adapter_card(args, pipe, repo_id or output_dir.as_posix(), num_images, mean, pictures)
         upload(args, repo_id)
         print(f"Saved to {output_dir} after {args.max_train_steps:,} steps.")
     accelerator.end_training()

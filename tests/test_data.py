@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from components import NUM_CLASSES, WORDS, tiny_tokenizer
 from datasets.exceptions import DatasetNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,11 +22,13 @@ from PIL import Image
 from rq_draft_revise.batches import drawn_images, streamed_images
 from rq_draft_revise.data import (
     SkippedRows,
+    class_labels_of,
     decode_all,
     decode_image,
     decode_value,
     decoded_rows,
     decoded_stream,
+    input_ids_of,
     load_split,
     split_names,
     streamed_rows,
@@ -335,6 +338,23 @@ def test_rows_without_a_caption_are_left_out_and_counted(broken):
         without_empty(dataset.map(lambda row: {"text": " "}), "text", SkippedRows())
 
 
+@pytest.mark.parametrize("label", [-1, NUM_CLASSES, None, 1.0, "cat"])  # the second is the null class
+def test_labels_are_classes(label):
+    assert class_labels_of([0, NUM_CLASSES - 1], NUM_CLASSES).tolist() == [0, NUM_CLASSES - 1]
+    with pytest.raises(ValueError, match=rf"--label_column .* in \[0, {NUM_CLASSES - 1}\], .* got {label!r}"):
+        class_labels_of([0, label], NUM_CLASSES)
+
+
+def test_captions_are_texts_of_tokens_that_the_transformer_has():
+    ids = input_ids_of(["a cat", "the volcano at night in the snow"], tiny_tokenizer(), 6, len(WORDS))
+    assert ids.tolist() == [[2, 5, 0, 0, 0, 0], [12, 13, 4, 8, 7, 12]]
+    for caption in (None, 7):
+        with pytest.raises(ValueError, match=f"--caption_column must hold texts, got {caption}"):
+            input_ids_of(["a cat", caption], tiny_tokenizer(), 6, len(WORDS))
+    with pytest.raises(ValueError, match=r"`tokenizer` must have tokens in \[0, 12\], .* got 13"):
+        input_ids_of(["a cat", "a volcano"], tiny_tokenizer(), 6, len(WORDS) - 1)
+
+
 @pytest.mark.parametrize(
     "column, bounds, expected",
     [
@@ -443,6 +463,20 @@ def test_a_stream_of_nothing_but_broken_images_ends_with_a_message(num_threads):
     decode = lambda row, place: decode_value(row["image"], 8)  # noqa: E731
     with pytest.raises(ValueError, match="none but an unreadable image in all of epoch 1"):
         next(decoded_stream(rows, decode, num_threads, "an unreadable image", SkippedRows()))
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 2, 5])  # threads are 8 rows each ahead
+def test_a_stream_that_ends_gives_every_readable_row_in_order(num_threads):
+    rows = [({"number": i, "image": None if i in (3, 18) else rows_of(1)["image"][0]}, (0, i + 1)) for i in range(20)]
+
+    def decode(row, place):
+        return decode_image(row["image"], 8) if row["image"] else decode_value(None, 8)
+
+    skipped = SkippedRows()
+    decoded = list(decoded_stream(iter(rows), decode, num_threads, "an unreadable image", skipped))
+    numbers = [i for i in range(20) if i not in (3, 18)]
+    assert [(row["number"], place) for row, _, place in decoded] == [(i, (0, i + 1)) for i in numbers]
+    assert str(skipped) == "2 with an unreadable image"
 
 
 def test_a_stream_of_nothing_but_empty_captions_ends_with_a_message():

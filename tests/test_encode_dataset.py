@@ -1,6 +1,7 @@
 """A data set of codes: the same codes as encoding on the way, whatever the interruptions, and only of one RQ-VAE."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -169,6 +170,15 @@ def test_other_settings_are_refused_by_name(change, problem, tmp_path):
 def test_flags_that_make_no_sense_are_refused_by_name(flags, message, problem, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(problem, tmp_path / "codes", **flags)
+
+
+@pytest.mark.parametrize("splits", [("train[:50%]", "train[50%:]"), ("train", "train"), ("train", "train[:5]")])
+def test_splits_of_one_name_are_refused_before_anything_is_written(splits, problem, tmp_path):
+    """Files go by the name: those of the second split would be taken for those of the first, encoded before."""
+    both = f"{re.escape(repr(splits[0]))} and {re.escape(repr(splits[1]))}, both of 'train'"
+    with pytest.raises(ValueError, match=f"--splits .* got {both}"):
+        run(problem, tmp_path / "codes", splits=" ".join(splits))
+    assert not (tmp_path / "codes").exists()
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import datasets
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 import train_lora
 from accelerate.state import AcceleratorState, GradientState
-from components import random_codes, tiny_pipeline, tiny_rq_pipeline
+from components import MAX_TEXT_LENGTH, NUM_CLASSES, random_codes, tiny_pipeline, tiny_rq_pipeline
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
@@ -101,8 +102,9 @@ def loss_on_images(problem, pipe):
     """Mean over fixed masks of the loss on the four training images."""
     args = train_lora.parse_args(["--pretrained_model_name_or_path", "", "--train_data_dir", str(problem / "images")])
     dataset = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, split="train")
-    codes = train_lora.encode_images(args, dataset, pipe, "cpu")[:, 0]
+    rows, codes = train_lora.encode_images(args, dataset, pipe, "cpu")
     _, ids = train_lora.load_condition(args, dataset, pipe)
+    codes, ids = codes[:, 0], ids[rows]
     masks = train_lora.random_mask(40, pipe.transformer.num_positions, torch.Generator().manual_seed(0))
     mask = masks.view(40, *codes.shape[1:3], 1)
     codes, ids = codes.repeat(10, 1, 1, 1), ids.repeat(10, 1)
@@ -240,6 +242,89 @@ def test_accumulated_micro_batches_equal_the_large_batch(problem, tmp_path):
     whole, parts = load_file(whole / WEIGHTS), load_file(parts / WEIGHTS)
     for key in whole:
         torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=1e-4)
+
+
+def add_image(folder, name, damaged=False, **columns):
+    """One more row of an image folder. Rows are in the order of the files' names: 00.png comes after 0.png."""
+    Image.new("RGB", (8, 8), "red").save(folder / name)
+    if damaged:
+        (folder / name).write_bytes((folder / name).read_bytes()[:40])
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": name, **columns}) + "\n")
+
+
+@pytest.mark.parametrize("pipeline, column", [("pipeline", "text"), ("pipeline-class", "label")])
+@pytest.mark.parametrize("left_out", ["an unreadable image", "an empty", "both"])
+def test_what_is_left_out_changes_no_other_image_nor_its_condition(
+    left_out, pipeline, column, problem, tmp_path, capsys
+):
+    """The adapter is that of the good rows alone, to the bit, and what was left out is counted and named."""
+    shutil.copytree(problem / "images", tmp_path / "images")
+    reasons = []
+    if left_out != "an empty":
+        add_image(tmp_path / "images", "00.png", damaged=True, text="a cat in the snow", label=4)
+        reasons.append("1 with an unreadable image")
+    if left_out != "an unreadable image":
+        add_image(tmp_path / "images", "10.png", text=None, label=None)
+        reasons.insert(0, f"1 with an empty {column!r}")
+    flags = {"pipeline": pipeline, "max_train_steps": 3, "condition_dropout": 0, "random_flip": True}
+    expected = load_file(train(problem, tmp_path / "good", **flags) / WEIGHTS)
+    capsys.readouterr()
+    output_dir = train(problem, tmp_path / "all", train_data_dir=tmp_path / "images", **flags)
+    printed = capsys.readouterr().out
+    weights = load_file(output_dir / WEIGHTS)
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in weights)
+    assert f"images: 4; skipped rows: {', '.join(reasons)};" in printed
+    assert ("00.png: UnidentifiedImageError) of split 'train'" in printed) == (left_out != "an empty")
+    assert (f"Skipped: an empty {column!r}, row " in printed) == (left_out != "an unreadable image")
+    assert "4 images of `images`" in (output_dir / "README.md").read_text()
+
+
+def test_a_caption_for_all_needs_no_column_of_captions(problem, tmp_path, capsys):
+    shutil.copytree(problem / "images", tmp_path / "images")
+    add_image(tmp_path / "images", "10.png", text=None, label=None)
+    flags = {"train_data_dir": tmp_path / "images", "instance_prompt": "a cat", "max_train_steps": 1}
+    train(problem, tmp_path / "out", **flags)
+    assert "images: 5; skipped rows: none;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "columns, damaged, message",
+    [
+        ({"text": "a cat"}, True, "'image' has no readable image"),
+        ({"text": " "}, False, "Column 'text' must have values, but all 2 rows are empty"),
+    ],
+)
+def test_images_of_which_none_is_left_are_refused(columns, damaged, message, problem, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("0.png", "1.png"):
+        add_image(tmp_path / "images", name, damaged, **columns)
+    with pytest.raises(ValueError, match=message):
+        train(problem, tmp_path / "out", train_data_dir=tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    "pipeline, columns, message",
+    [
+        ("pipeline-class", {"label": [1, NUM_CLASSES]}, rf"--label_column .* {NUM_CLASSES - 1}\], .* {NUM_CLASSES}"),
+        ("pipeline-class", {"label": [1, -1]}, "--label_column .* got -1"),
+        ("pipeline", {"text": [7, 8]}, "--caption_column must hold texts, got 7"),
+    ],
+)
+def test_what_is_no_condition_of_the_transformer_is_refused(pipeline, columns, message, problem):
+    """Such as the null class, which guidance takes for no class at all."""
+    args = train_lora.parse_args(["--pretrained_model_name_or_path", "", "--train_data_dir", "images"])
+    with pytest.raises(ValueError, match=message):
+        train_lora.load_condition(args, datasets.Dataset.from_dict(columns), load(problem, pipeline))
+
+
+def test_captions_that_are_cut_are_counted(problem, capsys):
+    args = train_lora.parse_args(["--pretrained_model_name_or_path", "", "--train_data_dir", "images"])
+    long = "a cat at night in the snow"
+    _, ids = train_lora.load_condition(args, datasets.Dataset.from_dict({"text": ["a cat", long]}), load(problem))
+    assert ids.shape == (2, MAX_TEXT_LENGTH)
+    printed = capsys.readouterr().out
+    assert f"Cut: 1 of 2 captions, of which the model reads the first {MAX_TEXT_LENGTH} tokens" in printed
 
 
 def test_every_pipeline_takes_adapters():

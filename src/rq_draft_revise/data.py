@@ -1,4 +1,4 @@
-"""Training data: the splits of a data set, their images as pixels, and the endless order in which training reads them.
+"""Training data: splits, their images as pixels, captions and labels as ids, and the endless order of training.
 
 Loading needs `datasets`, of the `train` extra, imported where it is used: `import rq_draft_revise` does without.
 """
@@ -23,6 +23,7 @@ from .interruption import ignore_stop_signals
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedTokenizerBase
 
 
 # The last part of a file's name -> the builder of `datasets` that reads it.
@@ -268,6 +269,45 @@ def without_empty(dataset: "datasets.Dataset", column: str, skipped: SkippedRows
     if not kept:
         raise ValueError(f"Column {column!r} must have values, but all {len(values):,} rows are empty.")
     return dataset.select(kept)
+
+
+# -------------------------------------------------------------------------------------------------------- conditions
+
+
+def class_labels_of(labels: list[int], num_classes: int) -> torch.Tensor:
+    """Class labels to `(n,)` int64.
+
+    Raises:
+        `ValueError`: a label that is no integer in [0, num_classes), such as the null class.
+    """
+    wrong = [label for label in labels if not isinstance(label, int) or not 0 <= label < num_classes]
+    if wrong:
+        raise ValueError(
+            f"--label_column must hold integers in [0, {num_classes - 1}], the classes of the transformer, got "
+            f"{wrong[0]!r}."
+        )
+    return torch.tensor(labels, dtype=torch.int64)
+
+
+def input_ids_of(
+    captions: list[str], tokenizer: "PreTrainedTokenizerBase", max_text_length: int, text_vocab_size: int
+) -> torch.Tensor:
+    """Captions to `(n, max_text_length)` int32, padded to full length: the model reads the padding as text.
+
+    Raises:
+        `ValueError`: a caption that is no text, or a token of `text_vocab_size` or more.
+    """
+    wrong = [caption for caption in captions if not isinstance(caption, str)]
+    if wrong:
+        raise ValueError(f"--caption_column must hold texts, got {wrong[0]!r}.")
+    settings = dict(padding="max_length", truncation=True, max_length=max_text_length)
+    chunks = [captions[i : i + 10_000] for i in range(0, len(captions), 10_000)]
+    ids = np.concatenate([np.array(tokenizer(chunk, **settings).input_ids, np.int32) for chunk in chunks])
+    if ids.max() >= text_vocab_size:
+        raise ValueError(
+            f"`tokenizer` must have tokens in [0, {text_vocab_size - 1}], those of the transformer, got {ids.max()}."
+        )
+    return torch.from_numpy(ids)
 
 
 # ---------------------------------------------------------------------------------------------------------- decoding
@@ -608,16 +648,21 @@ def decoded_stream(
             usable.leave_out(row, place, reason)
         return decoded
 
+    def submitted(pool):
+        """The rows with their futures, of which up to 8 a thread are ahead."""
+        ahead = deque()
+        for row, place in rows:
+            ahead.append((row, place, pool.submit(attempt, row, place)))
+            if len(ahead) > 8 * num_threads:
+                yield ahead.popleft()
+        yield from ahead
+
     if num_threads == 0:
         for row, place in rows:
             if (decoded := result_of(row, place, attempt(row, place))) is not None:
                 yield row, decoded, place
         return
     with ThreadPoolExecutor(num_threads) as pool:  # PIL and libjpeg decode outside of Python's lock
-        ahead = deque()
-        for row, place in rows:
-            ahead.append((row, place, pool.submit(attempt, row, place)))
-            if len(ahead) > 8 * num_threads:
-                row, place, future = ahead.popleft()
-                if (decoded := result_of(row, place, future.result())) is not None:
-                    yield row, decoded, place
+        for row, place, future in submitted(pool):
+            if (decoded := result_of(row, place, future.result())) is not None:
+                yield row, decoded, place
