@@ -342,6 +342,7 @@ def main(args):
         args.resolution = rqvae.config.sample_size
     if args.resolution < 1 or args.resolution % rqvae.spatial_scale_factor:
         raise ValueError(f"--resolution must be a multiple of {rqvae.spatial_scale_factor}, got {args.resolution}.")
+    rqvae.register_to_config(sample_size=args.resolution)
     if args.gradient_checkpointing:
         rqvae.enable_gradient_checkpointing()
     optimizer = torch.optim.Adam(rqvae.parameters(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
@@ -382,7 +383,7 @@ def main(args):
 
     # The average covers the parameters. The codebook is exported live: it already is an average of the latents (decay
     # 0.99, some hundred steps), and averaging it over again would mix the vector of a restarted code with the dead one
-    # that it replaced. The two agree in the end because the learning rate goes to 0.
+    # that it replaced. The two agree as far as the learning rate has gone to 0 in the end.
     ema = None
     if args.ema_decay > 0:
         ema = AveragedWeights(rqvae.parameters(), args.ema_decay)
