@@ -226,6 +226,7 @@ def source_card(name: str, source: Path, pipeline_class: type, folder: Path, rep
 
 def with_both_ways(card: ModelCard, class_name: str, repo_id: str) -> ModelCard:
     """The card with how to load the repository by diffusers alone."""
+    card.data.library_name = "diffusers"
     card.text = card.text.rstrip() + (
         "\n\n## Without rq_draft_revise\n\nThe repository holds the code it needs. diffusers loads it with\n\n"
         "```python\nfrom diffusers import DiffusionPipeline\n\n"

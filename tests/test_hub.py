@@ -291,7 +291,7 @@ def test_a_pull_request_leaves_main_alone(hub, published):
 def test_a_pushed_card_is_filled_in_and_stays(hub, published):
     card = card_of(hub, "owner/text")  # there were two pushes, the second without a card
     data = card.data
-    assert (data.library_name, data.license, data.language) == ("diffusers", "apache-2.0", "en")
+    assert (data.library_name, data.license, data.language) == ("rq_draft_revise", "apache-2.0", "en")
     assert data.pipeline_tag == "text-to-image" and data.datasets == "owner/scenes" and data.metrics == ["fid"]
     assert {"rq_draft_revise", "draft-and-revise"} <= set(data.tags)
     (result,) = data.eval_results
@@ -305,7 +305,7 @@ def test_a_pushed_card_is_filled_in_and_stays(hub, published):
 @pytest.mark.parametrize("repo_id", ["owner/saved", "owner/half", "owner/vae", "owner/transformer", "owner/secret"])
 def test_without_facts_the_card_says_what_is_known_and_what_is_not(hub, published, repo_id):
     card = card_of(hub, repo_id)
-    assert card.data.library_name == "diffusers" and card.data.license is None
+    assert card.data.library_name == "rq_draft_revise" and card.data.license is None
     assert EMPTY_CARD not in card.text and card.text.count(NOT_STATED) == 5
     assert "## Bias, risks and data filtering" in card.text and f'from_pretrained("{repo_id}"' in snippet_of(card)
 

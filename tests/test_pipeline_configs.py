@@ -277,7 +277,7 @@ def test_a_card_says_what_there_is_to_know(name):
     card = card_of(name)
     _, header, text = card.split("---\n", 2)
     task = "text-to-image" if transformer_of(name).config.text_vocab_size else "unconditional-image-generation"
-    for line in ("license: apache-2.0", "library_name: diffusers", f"pipeline_tag: {task}", "tags:"):
+    for line in ("license: apache-2.0", "library_name: rq_draft_revise", f"pipeline_tag: {task}", "tags:"):
         assert line in header.splitlines()
     headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     training = "Use and training" if name in BASELINE and task == "text-to-image" else "Training"

@@ -122,7 +122,8 @@ def complete_metadata(
 ) -> ModelCardData:
     """A copy of `card_data` with what the component itself tells: library, task, tags, the metrics of the results."""
     metadata = ModelCardData(**(card_data.to_dict() if card_data is not None else {}))
-    metadata.library_name = metadata.library_name or "diffusers"
+    # not diffusers: the Hub would advise a line by which it does not load
+    metadata.library_name = metadata.library_name or "rq_draft_revise"
     own_tags = ["rq_draft_revise", "draft-and-revise", "rq-vae", "residual-quantization"]
     if component_kind(component) == "pipeline":
         config = component.transformer.config
