@@ -85,7 +85,9 @@ def parse_args(argv=None):
     group = parser.add_argument_group("runs")
     group.add_argument("--parts", nargs="+", choices=PART_NAMES, default=list(PART_NAMES))
     group.add_argument("--num_images", type=int, default=500, help="A cell; the rows of the split, evenly spaced.")
-    group.add_argument("--batch_size", type=int, default=50, help="Images at once; it does not change them.")
+    group.add_argument(
+        "--batch_size", type=int, default=50, help="Images at once; the codes are the same, on the CPU in float32."
+    )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
