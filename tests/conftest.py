@@ -1,5 +1,6 @@
 """Makes the scripts under test and the tests' own tiny components importable."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -37,3 +38,18 @@ def no_trace():
     with torch.random.fork_rng(devices=[]):
         yield
     forget_accelerator()
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Nothing compiled before, and none of the traces that dynamo writes where logs are kept, as pytest keeps them."""
+    from torch._dynamo.utils import counters
+
+    trace = logging.getLogger("torch.__trace")
+    level = trace.level
+    trace.setLevel(logging.CRITICAL)
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+    trace.setLevel(level)

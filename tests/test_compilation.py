@@ -1,13 +1,15 @@
-"""What a CUDA graph of the transformer's call needs, as far as a machine without a GPU can show it.
+"""Pipelines whose transformer is compiled draw what they draw otherwise, in as many shapes as users ask for.
 
-Such a graph replays kernels on the device alone, and writes its results to the same memory each time. So a step may
-not touch a tensor on the CPU nor wait for the device, and no pipeline may read a result once the next call has begun.
+And what a CUDA graph of the transformer's call needs, as far as a machine without a GPU can show it. Such a graph
+replays kernels on the device alone, and writes its results to the same memory each time. So a step may not touch a
+tensor on the CPU nor wait for the device, and no pipeline may read a result once the next call has begun.
 """
 
 import pytest
 import torch
 from components import CONDITIONS, tiny_pipeline, tiny_rq_pipeline
 from PIL import Image
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,6 +19,65 @@ from rq_draft_revise import (
     DraftAndReviseInpaintPipeline,
     RQTransformerModel,
 )
+
+
+# Shapes of a long session, more than the eight for which torch compiles one function.
+SESSION = [
+    dict(),
+    dict(draft_guidance_scale=1.5),
+    dict(num_images_per_prompt=2),
+    dict(num_images_per_prompt=3, num_inference_steps=5),
+    dict(selection="top-c"),
+    dict(selection="top-c-50%", num_images_per_prompt=2, guidance_scale=1.0),
+    dict(num_inference_steps=16, num_revise_steps=3),
+    dict(num_images_per_prompt=4, draft_guidance_scale=1.5, num_inference_steps=2),
+]
+
+
+def session(pipe) -> list[torch.Tensor]:
+    pipe.set_progress_bar_config(disable=True)
+    images = []
+    for options in SESSION:
+        options = dict(guidance_scale=1.7) | options
+        generator = torch.Generator().manual_seed(0)
+        images.append(pipe("a cat", **options, generator=generator, output_type="latent").images)
+    return images
+
+
+def test_compiled_blocks_serve_all_shapes(fresh_compiler):
+    pipe = tiny_pipeline("text")
+    expected = session(pipe)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for ours, reference in zip(session(pipe), expected, strict=True):
+        assert torch.equal(ours, reference)
+
+
+def test_compiled_blocks_fill_masks_of_all_sizes(fresh_compiler):
+    pipe = DraftAndReviseInpaintPipeline(**tiny_pipeline("text").components)
+    pipe.set_progress_bar_config(disable=True)
+    image = Image.new("RGB", (8, 8), "red")
+
+    def fill(size):
+        mask = Image.new("L", (8, 8), 0)
+        mask.paste(255, (0, 0, size, size))
+        arguments = dict(prompt="a cat", image=image, mask_image=mask, guidance_scale=1.7, output_type="latent")
+        return pipe(**arguments, generator=torch.Generator().manual_seed(0)).images
+
+    expected = [fill(size) for size in (2, 4, 6, 8)]
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for size, reference in zip((2, 4, 6, 8), expected, strict=True):
+        assert torch.equal(fill(size), reference)
+
+
+def test_a_compiled_transformer_needs_three_graphs_for_a_call(fresh_compiler):
+    """The condition, a step of the draft, a step of a revision. Beyond torch's eight, calls go on without."""
+    pipe = tiny_pipeline("text")
+    expected = session(pipe)
+    pipe.transformer.compile(dynamic=False, backend="eager")
+    pipe("a cat", guidance_scale=1.7, num_inference_steps=4)
+    assert counters["stats"]["unique_graphs"] == 3
+    for ours, reference in zip(session(pipe), expected, strict=True):
+        assert torch.equal(ours, reference)
 
 
 KINDS = {"class": dict(num_classes=10), "text": dict(text_vocab_size=50, max_text_length=6), None: {}}

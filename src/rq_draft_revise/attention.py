@@ -47,6 +47,15 @@ class SelfAttentionProcessor:
         return attn.to_out[1](attn.to_out[0](hidden_states)), key, value
 
 
+class CompiledBlocksMixin:
+    """For models of these blocks, before the diffusers class."""
+
+    def compile_repeated_blocks(self, *args, dynamic: bool | None = True, **kwargs) -> None:
+        """As in diffusers, by default for all shapes at once: sampling calls a block with many, by images, guidance,
+        positions a step and codes so far, and torch compiles a function for no more than eight."""
+        super().compile_repeated_blocks(*args, dynamic=dynamic, **kwargs)
+
+
 class SelfAttention(nn.Module, AttentionModuleMixin):
     """Multi-head self-attention whose queries may also look at keys and values computed before.
 

@@ -11,7 +11,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from .attention import SpatialTransformerBlock
+from .attention import CompiledBlocksMixin, SpatialTransformerBlock
 from .codes import check_codes, check_ranges, is_readable, project_vectors
 from .depth_transformer import DepthTransformer
 from .publishing import ModelCardMixin
@@ -64,7 +64,9 @@ class PrefixOutput(BaseOutput):
     prefix_key_values: torch.Tensor
 
 
-class ContextualRQTransformerModel(ModelCardMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+class ContextualRQTransformerModel(
+    CompiledBlocksMixin, ModelCardMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin
+):
     r"""Contextual RQ-Transformer (Lee et al., "Draft-and-Revise", NeurIPS 2022, section 3.2).
 
     A bidirectional *spatial* transformer reads the code map with its masked positions and the condition before it, and

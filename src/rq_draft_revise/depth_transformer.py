@@ -152,12 +152,12 @@ class DepthTransformer(nn.Module):
 
     def _sample(self, context, uniforms, guidance_scale, temperature, top_k, top_p):
         past = [(None, None)] * len(self.blocks)
-        hidden_states, partial_sum = context, 0.0
+        hidden_states, partial_sum = context.unsqueeze(1), 0.0  # (M, 1, d)
         stacks, log_probs = [], []
         for depth in range(self.code_depth):
             if self.position_embedding is not None:
+                # a sum, not a view: a block that is compiled for all shapes takes the two for different inputs
                 hidden_states = hidden_states + self.position_embedding[depth]
-            hidden_states = hidden_states.unsqueeze(1)  # (M, 1, d)
             for i, block in enumerate(self.blocks):
                 hidden_states, *past[i] = block(hidden_states, *past[i])
             logits = self.head(self.norm_out(hidden_states.squeeze(1)))  # (M, K)
@@ -170,7 +170,7 @@ class DepthTransformer(nn.Module):
             log_probs.append(log_prob)
             if depth + 1 < self.code_depth:
                 partial_sum = partial_sum + self.codebook(codes, depth)  # (M, C)
-                hidden_states = self.input_projection(partial_sum)  # (M, d)
+                hidden_states = self.input_projection(partial_sum).unsqueeze(1)  # (M, 1, d)
                 if guidance_scale is not None:  # both halves go on with the same codes
                     hidden_states = torch.cat([hidden_states, hidden_states])
         return torch.stack(stacks, dim=-1), torch.stack(log_probs, dim=-1)
