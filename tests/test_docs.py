@@ -62,17 +62,25 @@ def test_relative_links_and_images_of_the_documentation_exist():
     assert not missing, missing
 
 
-@pytest.mark.parametrize("image", sorted((DOCS / "images").iterdir()), ids=lambda path: path.name)
+PICTURES = sorted([*(DOCS / "images").iterdir(), *ROOT.glob("pipelines/*/*.png")])
+
+
+@pytest.mark.parametrize("image", PICTURES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_picture_is_on_a_page_with_the_command_that_makes_it(image):
-    pages = [page for page in PAGES if f"images/{image.name})" in page.read_text(encoding="utf-8")]
-    assert pages, f"no page shows {image.name}"
+    place = image.relative_to(ROOT).as_posix()
+    shown = f"{image.parent.name}/{image.name})"
+    card = image.parent / "README.md"
+    pages = [page for page in PAGES if shown in page.read_text(encoding="utf-8")]
+    if card.is_file() and f"]({image.name})" in card.read_text(encoding="utf-8"):
+        pages.append(card)
+    assert pages, f"no page shows {place}"
     commands = [
         block
         for page in pages
         for block in re.findall(r"^```bash\n(.*?)^```|((?:^ {4}.*\n)+)", page.read_text(encoding="utf-8"), re.M | re.S)
-        if f"docs/images/{image.name}" in "".join(block)
+        if place in "".join(block)
     ]
-    assert commands, f"{[page.name for page in pages]} shows {image.name} and no command that writes it"
+    assert commands, f"{[page.name for page in pages]} shows {place} and no command that writes it"
 
 
 def test_the_repository_has_one_address():
