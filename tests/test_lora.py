@@ -200,6 +200,20 @@ def test_fused_equals_unfused_and_unloading_restores_the_base_exactly(problem, a
     assert torch.equal(logits_of(pipe), base)
 
 
+def test_a_pipeline_is_saved_with_an_adapter_in_its_weights_and_not_beside_them(problem, adapter, tmp_path):
+    pipe = load(problem)
+    pipe.load_lora_weights(str(adapter))
+    codes = draw(pipe)
+    for save in (pipe.save_pretrained, pipe.transformer.save_pretrained):
+        with pytest.raises(ValueError, match="must have no LoRA adapters"):
+            save(tmp_path / "beside")
+    assert not (tmp_path / "beside").exists()
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "inside")
+    assert torch.equal(draw(DraftAndRevisePipeline.from_pretrained(tmp_path / "inside")), codes)
+
+
 def test_half_the_scale_is_half_the_addition(problem, adapter):
     pipe = load(problem)
     weight = pipe.transformer.blocks[0].attn.to_q.weight.detach().clone()

@@ -22,6 +22,20 @@ EMPTY_CARD = "This model card has been automatically generated."
 class ModelCardMixin:
     """Pushes with a filled-in card. For models and pipelines, before the diffusers class."""
 
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As in diffusers, whose files would not load with the names that layers have under a LoRA adapter.
+
+        Raises:
+            `ValueError`: an adapter is loaded.
+        """
+        for name, model in getattr(self, "components", {type(self).__name__: self}).items():
+            if adapters := getattr(model, "peft_config", None):
+                raise ValueError(
+                    f"{name} must have no LoRA adapters to be saved, got {sorted(adapters)}. Save them by "
+                    "`save_lora_weights`, or put them into the weights by `fuse_lora` and `unload_lora_weights`."
+                )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def push_to_hub(
         self,
         repo_id: str,
