@@ -546,7 +546,7 @@ def bad_calls():
         (
             "class",
             dict(codes=codes[..., :2], labels=labels, class_labels=ids),
-            r"4, 4, 3\), got torch.int64 of \(2, 4, 4, 2\)",
+            r"4, 4, 3\), got torch.int64 of shape \(2, 4, 4, 2\)",
         ),
         (
             "class",
@@ -556,7 +556,7 @@ def bad_calls():
         (
             "class",
             dict(codes=codes, labels=labels[:1], class_labels=ids),
-            r"`labels` must be int64 of the shape .* of \(1, 4, 4, 3\)",
+            r"`labels` must be int64 of shape \(2, 4, .* of shape \(1, 4, 4, 3\)",
         ),
         (
             "class",
@@ -609,14 +609,14 @@ def bad_calls():
         (
             "class",
             dict(codes=codes, uniforms=uniforms, prefix_key_values=prefix[:1]),
-            r"`prefix_key_values` must be .*\(2, 2, 2,",
+            r"`prefix_key_values` must be .*\(2, 2, batch_size,",
         ),
-        ("class", dict(codes=codes, labels=labels, class_labels=ids.view(2, 1)), r"`class_labels` .* of \(2, 1\)"),
+        ("class", dict(codes=codes, labels=labels, class_labels=ids.view(2, 1)), r"`class_labels` .* of shape \(2, 1\)"),
         ("class", dict(codes=codes, labels=labels, class_labels=ids.float()), "`class_labels` .* got torch.float32"),
         (
             "text",
             dict(codes=codes, labels=labels, input_ids=tokens[:, :4]),
-            r"`input_ids` .*\(batch_size, 6\).* of \(2, 4\)",
+            r"`input_ids` .*\(batch_size, 6\).* of shape \(2, 4\)",
         ),
         ("class", dict(codes=codes, labels=labels, class_labels=ids[:1]), r"`class_labels` must have 2 rows .* got 1"),
         (

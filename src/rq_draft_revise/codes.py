@@ -98,6 +98,24 @@ def is_readable(value: torch.Tensor) -> bool:
     return type(value) is torch.Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def check_tensor(name: str, value, shape: tuple[int | str, ...], floating: bool = False) -> None:
+    """Refuse what is neither `None` nor a tensor of `shape`, int64 or floating-point; a size that is a name is any."""
+    if value is None:
+        return
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"`{name}` must be a torch.Tensor or None, got {type(value).__name__}.")
+    fits = value.ndim == len(shape) and all(
+        size > 0 if isinstance(wanted, str) else size == wanted
+        for size, wanted in zip(value.shape, shape, strict=True)
+    )
+    if not fits or not (value.is_floating_point() if floating else value.dtype == torch.int64):
+        kind = "floating-point" if floating else "int64"
+        raise ValueError(
+            f"`{name}` must be {kind} of shape ({', '.join(map(str, shape))}), got {value.dtype} of shape "
+            f"{tuple(value.shape)}."
+        )
+
+
 def check_ranges(**values: tuple[torch.Tensor | None, int | None]) -> None:
     """Refuse integers outside `[0, largest]`, given as `name=(tensor, largest)`, where they are readable.
 

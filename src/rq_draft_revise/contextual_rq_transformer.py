@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from .attention import CompiledBlocksMixin, SpatialTransformerBlock
-from .codes import check_codes, check_ranges, is_readable, project_vectors
+from .codes import check_codes, check_ranges, check_tensor, is_readable, project_vectors
 from .depth_transformer import DepthTransformer
 from .publishing import ModelCardMixin
 from .scheduling_draft_and_revise import check_sampling
@@ -358,92 +358,55 @@ class ContextualRQTransformerModel(
     def _check_inputs(
         self, codes, positions, uniforms, class_labels, input_ids, labels, prefix_key_values, guidance_scale
     ) -> None:
-        """Types, shapes and combinations."""
+        """Combinations, types and shapes."""
+        config = self.config
         conditions = dict(class_labels=class_labels, input_ids=input_ids, prefix_key_values=prefix_key_values)
-        tensors = dict(codes=codes, positions=positions, uniforms=uniforms, labels=labels, **conditions)
-        for name, value in tensors.items():
-            if value is not None and not isinstance(value, torch.Tensor):
-                raise ValueError(f"`{name}` must be a torch.Tensor or None, got {type(value).__name__}.")
         given = [name for name, value in conditions.items() if value is not None]
-        allowed = {
-            0: [],
-            1: ["class_labels", "prefix_key_values"],
-        }.get(self.prefix_length if self.config.text_vocab_size is None else 2, ["input_ids", "prefix_key_values"])
+
+        # 1. A condition, of a model that has one
+        allowed = []
+        if config.num_classes is not None:
+            allowed = ["class_labels", "prefix_key_values"]
+        elif config.text_vocab_size is not None:
+            allowed = ["input_ids", "prefix_key_values"]
         if allowed and (len(given) != 1 or given[0] not in allowed):
             raise ValueError(f"This model takes exactly one of {allowed}, got {given or 'none'}.")
         if not allowed and given:
             raise ValueError(f"This model is unconditional and takes no condition, got {given}.")
-        if guidance_scale is not None and not allowed:
+        if not allowed and guidance_scale is not None:
             raise ValueError(f"`guidance_scale` must be None for an unconditional model, got {guidance_scale}.")
-        if codes is None:
-            if not allowed or prefix_key_values is not None:
-                raise ValueError("`codes` may be left out only where `class_labels` or `input_ids` is given.")
-            batch_size = None
-        else:
-            config = self.config
-            expected = (config.height, config.width, config.code_depth)
-            if codes.ndim != 4 or tuple(codes.shape[1:]) != expected or codes.dtype != torch.int64 or not len(codes):
-                raise ValueError(
-                    f"`codes` must be int64 of shape (batch_size, {', '.join(map(str, expected))}), "
-                    f"got {codes.dtype} of {tuple(codes.shape)}."
-                )
-            batch_size = codes.shape[0]
-            if (labels is None) == (uniforms is None):
-                raise ValueError(
-                    "Give exactly one of `labels` (teacher forcing) and `uniforms` (sampling), "
-                    f"got {'both' if labels is not None else 'neither'}."
-                )
-            if labels is not None and (labels.shape != codes.shape or labels.dtype != torch.int64):
-                raise ValueError(
-                    f"`labels` must be int64 of the shape of `codes`, {tuple(codes.shape)}, got {labels.dtype} of "
-                    f"{tuple(labels.shape)}."
-                )
-            if labels is not None and guidance_scale is not None:
-                raise ValueError(
-                    f"`guidance_scale` is for sampling and must be None with `labels`, got {guidance_scale}."
-                )
-            if positions is not None and (
-                positions.ndim != 2
-                or positions.shape[0] != batch_size
-                or positions.shape[1] == 0
-                or positions.dtype != torch.int64
-            ):
-                raise ValueError(
-                    f"`positions` must be int64 of shape ({batch_size}, n), got {positions.dtype} of "
-                    f"{tuple(positions.shape)}."
-                )
-            if uniforms is not None and not uniforms.is_floating_point():
-                raise ValueError(f"`uniforms` must be floating-point numbers in [0, 1), got {uniforms.dtype}.")
-            rows = batch_size if guidance_scale is None else 2 * batch_size
-        if class_labels is not None and (
-            class_labels.ndim != 1 or class_labels.dtype != torch.int64 or not len(class_labels)
-        ):
+
+        # 2. One of the three uses
+        if codes is None and given not in (["class_labels"], ["input_ids"]):
+            raise ValueError("`codes` may be left out only where `class_labels` or `input_ids` is given.")
+        if codes is not None and (labels is None) == (uniforms is None):
             raise ValueError(
-                f"`class_labels` must be int64 of shape (batch_size,), got {class_labels.dtype} of "
-                f"{tuple(class_labels.shape)}."
+                "Give exactly one of `labels` (teacher forcing) and `uniforms` (sampling), "
+                f"got {'both' if labels is not None else 'neither'}."
             )
-        if input_ids is not None and (
-            input_ids.ndim != 2
-            or input_ids.shape[1] != self.prefix_length
-            or input_ids.dtype != torch.int64
-            or not len(input_ids)
-        ):
-            raise ValueError(
-                f"`input_ids` must be int64 of shape (batch_size, {self.prefix_length}), "
-                f"got {input_ids.dtype} of {tuple(input_ids.shape)}."
-            )
-        if prefix_key_values is not None:
-            heads = (self.config.num_attention_heads, self.config.attention_head_dim)
-            shape = (len(self.blocks), 2, rows, self.prefix_length, *heads)
-            if prefix_key_values.shape != shape or not prefix_key_values.is_floating_point():
-                raise ValueError(
-                    f"`prefix_key_values` must be floating-point of shape {shape}, got {prefix_key_values.dtype} of "
-                    f"{tuple(prefix_key_values.shape)}."
-                )
-        if codes is not None and allowed:
-            size = prefix_key_values.shape[2] if prefix_key_values is not None else conditions[given[0]].shape[0]
+        if labels is not None and guidance_scale is not None:
+            raise ValueError(f"`guidance_scale` is for sampling and must be None with `labels`, got {guidance_scale}.")
+
+        # 3. Shapes; that of `uniforms` depends on the positions
+        stacks = (config.height, config.width, config.code_depth)
+        check_tensor("codes", codes, ("batch_size", *stacks))
+        batch_size = "batch_size" if codes is None else codes.shape[0]
+        check_tensor("labels", labels, (batch_size, *stacks))
+        check_tensor("positions", positions, (batch_size, "n"))
+        check_tensor("class_labels", class_labels, ("batch_size",))
+        check_tensor("input_ids", input_ids, ("batch_size", self.prefix_length))
+        heads = (config.num_attention_heads, config.attention_head_dim)
+        prefix_shape = (len(self.blocks), 2, "batch_size", self.prefix_length, *heads)
+        check_tensor("prefix_key_values", prefix_key_values, prefix_shape, floating=True)
+        if uniforms is not None and not (isinstance(uniforms, torch.Tensor) and uniforms.is_floating_point()):
+            got = uniforms.dtype if isinstance(uniforms, torch.Tensor) else type(uniforms).__name__
+            raise ValueError(f"`uniforms` must be a tensor of floating-point numbers in [0, 1), got {got}.")
+        if codes is not None and given:
+            size = conditions[given[0]].shape[2 if given[0] == "prefix_key_values" else 0]
+            rows, reason = batch_size, "the batch"
+            if guidance_scale is not None:
+                rows, reason = 2 * batch_size, "twice the batch, for `guidance_scale`"
             if size != rows:
-                reason = "twice the batch, for `guidance_scale`" if guidance_scale is not None else "the batch"
                 raise ValueError(f"`{given[0]}` must have {rows} rows ({reason}), got {size}.")
 
     def _check_values(self, codes, positions, class_labels, input_ids, labels) -> None:

@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from .attention import CompiledBlocksMixin, SpatialTransformerBlock
-from .codes import check_codes, check_ranges, is_readable, project_vectors
+from .codes import check_codes, check_ranges, check_tensor, is_readable, project_vectors
 from .contextual_rq_transformer import check_step_sampling, next_token_loss
 from .depth_transformer import DepthTransformer
 from .publishing import ModelCardMixin
@@ -386,18 +386,18 @@ class RQTransformerModel(
             )
 
         # The code map says how many images there are. Where there is none the condition may have any number of rows.
-        stacks = (None, config.height, config.width, config.code_depth)
+        stacks = ("batch_size", config.height, config.width, config.code_depth)
         for name in ("codes", "labels"):
-            _check_tensor(name, others[name], stacks)
-        batch_size = next((len(value) for value in (codes, labels) if value is not None), None)
+            check_tensor(name, others[name], stacks)
+        batch_size = next((len(value) for value in (codes, labels) if value is not None), "batch_size")
         rows = batch_size if guidance_scale is None else 2 * batch_size
         slots = self.prefix_length + self.num_positions - 1
         heads = (config.num_attention_heads, config.attention_head_dim)
-        _check_tensor("position", position, (1,))
-        _check_tensor("uniforms", uniforms, (batch_size, config.code_depth), floating=True)
-        _check_tensor("class_labels", class_labels, (rows,))
-        _check_tensor("input_ids", input_ids, (rows, self.prefix_length))
-        _check_tensor("past_key_values", past_key_values, (len(self.blocks), 2, rows, slots, *heads), floating=True)
+        check_tensor("position", position, (1,))
+        check_tensor("uniforms", uniforms, (batch_size, config.code_depth), floating=True)
+        check_tensor("class_labels", class_labels, (rows,))
+        check_tensor("input_ids", input_ids, (rows, self.prefix_length))
+        check_tensor("past_key_values", past_key_values, (len(self.blocks), 2, rows, slots, *heads), floating=True)
 
         if codes is not None and is_readable(codes):
             check_codes(codes, config.code_depth, config.codebook_size)
@@ -423,20 +423,3 @@ def per_depth(name: str, value, code_depth: int) -> list:
     if len(value) != code_depth:
         raise ValueError(f"`{name}` must be a number or a list of {code_depth}, one a depth, got {value!r}.")
     return list(value)
-
-
-def _check_tensor(name: str, value, shape: tuple[int | None, ...], floating: bool = False) -> None:
-    """Refuse what is neither `None` nor a tensor of `shape`, int64 or floating-point; a size of `None` is any."""
-    if value is None:
-        return
-    if not isinstance(value, torch.Tensor):
-        raise ValueError(f"`{name}` must be a torch.Tensor or None, got {type(value).__name__}.")
-    fits = value.ndim == len(shape) and all(
-        size == wanted or (wanted is None and size > 0) for size, wanted in zip(value.shape, shape, strict=True)
-    )
-    if not fits or not (value.is_floating_point() if floating else value.dtype == torch.int64):
-        kind = "floating-point" if floating else "int64"
-        shape = ", ".join("batch_size" if size is None else str(size) for size in shape)
-        raise ValueError(
-            f"`{name}` must be {kind} of shape ({shape}), got {value.dtype} of shape {tuple(value.shape)}."
-        )
