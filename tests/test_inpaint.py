@@ -8,7 +8,7 @@ import torch
 from components import CONDITIONS, NUM_CLASSES, random_pixels, tiny_pipeline
 from PIL import Image
 
-from rq_draft_revise import DraftAndReviseInpaintPipeline
+from rq_draft_revise import DraftAndReviseInpaintPipeline, DraftAndRevisePipeline
 
 
 SELECTIONS = ("random", "top-c", "top-c-50%")
@@ -278,6 +278,22 @@ def test_input_types_agree(pipe):
         assert torch.equal(pipe(image, one, "a cat", generator=generators(1), output_type="pt").images, expected)
 
 
+@pytest.mark.parametrize("size", [8, 40])
+def test_a_uint8_mask_of_0_and_1_is_one_of_0_and_255(pipe, size):
+    ones = np.zeros((2, size, size), dtype=np.uint8)
+    ones[0, size // 2 :] = 1  # the second is empty
+    images, arguments = [photo(1), photo(2)], dict(prompt="a cat", output_type="latent")
+    expected = pipe(images, 255 * ones, generator=generators(1, 2), **arguments).images
+    assert not torch.equal(expected[:1], encode(pipe, images[0])) and torch.equal(
+        expected[1:], encode(pipe, images[1])
+    )
+    for mask in (ones, ones[..., None], list(ones), torch.tensor(ones), torch.tensor(ones)[:, None], ones > 0):
+        assert torch.equal(pipe(images, mask, generator=generators(1, 2), **arguments).images, expected)
+    assert torch.equal(pipe(images[0], ones[0], generator=generators(1), **arguments).images, expected[:1])
+    # an image of 0 and 1 is nearly black
+    assert (pipe.prepare_image(np.ones((8, 8, 3), dtype=np.uint8)) == torch.tensor(1) / 255).all()
+
+
 def test_other_sizes_are_resized_and_no_masked_pixel_is_lost(pipe):
     image, small = photo(size=40), photo(size=40).resize((8, 8), Image.Resampling.LANCZOS)
     line = box(17, 0, 18, 40, size=40)  # one pixel of 40 is in column 3 of 8, of position 1 of 4
@@ -293,6 +309,14 @@ def test_other_sizes_are_resized_and_no_masked_pixel_is_lost(pipe):
     assert torch.equal(both[1, 2:], encode(pipe, small)[0, 2:]) and torch.equal(
         both[1, :, 2:], encode(pipe, small)[0, :, 2:]
     )
+
+
+def test_arrays_and_tensors_are_resized_as_pil_images_are(pipe):
+    image = photo(3, 2).resize((40, 40), Image.Resampling.BICUBIC)
+    expected = pipe.prepare_image(image)
+    for same in (np.array(image), torch.tensor(np.array(image)).permute(2, 0, 1) / 255):
+        # between Lanczos and bicubic; the nearest pixel would be over 0.05 away
+        torch.testing.assert_close(pipe.prepare_image(same), expected, atol=0.02, rtol=0)
 
 
 def test_positions_may_be_masked_instead_of_pixels(pipe):
@@ -316,6 +340,17 @@ def test_known_codes_take_the_place_of_encoding(pipe):
 
 
 # Steps
+
+
+def test_a_callback_may_not_leave_holes(pipe):
+    def mask_again(pipe, step, timestep, callback_kwargs):
+        codes = callback_kwargs["latents"].clone()
+        codes[0, 0, 0] = pipe.transformer.mask_token_id  # outside the mask, where nothing would fill it
+        return {"latents": codes}
+
+    message = r"`callback_on_step_end` must return `latents` that are masked where .* got 1 position\(s\) masked"
+    with pytest.raises(ValueError, match=message):
+        pipe(photo(), box(0, 4, 8, 8), "a cat", callback_on_step_end=mask_again)
 
 
 def test_default_steps_shrink_to_the_region_and_larger_ones_are_refused(pipe):
@@ -353,6 +388,30 @@ def test_saving_and_loading_keeps_everything(pipes, bases, tmp_path):
         loaded.set_progress_bar_config(disable=True)
         assert torch.equal(codes_of(loaded, **arguments, generator=generators(1)), expected)
         assert loaded.get_label_ids("alias 2") == [2]
+
+
+def test_from_pipe_takes_along_the_names_of_classes_and_draws_the_same(pipes, bases):
+    base = bases["class"]
+    inpaint = DraftAndReviseInpaintPipeline.from_pipe(base)
+    inpaint.set_progress_bar_config(disable=True)
+    assert all(inpaint.components[name] is component for name, component in base.components.items())
+    assert inpaint.config.id2label == base.config.id2label and inpaint.get_label_ids("alias 2") == [2]
+    arguments = dict(image=photo(), mask_image=box(2, 2, 6, 6), class_labels="alias 2", guidance_scale=2.0)
+    expected = codes_of(pipes["class"], **arguments, generator=generators(1))
+    assert torch.equal(codes_of(inpaint, **arguments, generator=generators(1)), expected)
+
+
+def test_from_pipe_casts_what_it_shares_and_the_constructor_does_not(bases, tmp_path):
+    """diffusers' `from_pipe` casts to float32 unless a dtype is given, the codebook too."""
+    bases["class"].save_pretrained(tmp_path)
+    half = DraftAndRevisePipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    inpaint = DraftAndReviseInpaintPipeline(**half.components, id2label=half.config.id2label)
+    for dtype, codebook in ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32,) * 2):
+        assert inpaint.transformer.dtype == half.transformer.dtype == half.vae.dtype == dtype
+        assert half.vae.quantizer.codebook.dtype == codebook
+        inpaint = DraftAndReviseInpaintPipeline.from_pipe(
+            half, **dict(dtype=torch.bfloat16) if codebook == torch.float32 else {}
+        )
 
 
 # Refusals

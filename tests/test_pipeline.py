@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from components import CONDITIONS, random_codes, random_pixels, tiny_pipeline
+from components import CODEBOOK_SIZE, CONDITIONS, random_codes, random_pixels, tiny_pipeline
 from PIL import Image
 
 from rq_draft_revise import DraftAndRevisePipeline, DraftAndReviseScheduler
@@ -17,6 +17,7 @@ SELECTIONS = ("random", "top-c", "top-c-50%")
 PROMPTS = ["a cat", "the owl at night in the snow on the sea at dusk", "volcano"]  # short, overlong, one word
 CLASSES = [3, "class 0", "alias 4"]
 NUM_POSITIONS = 16
+MASK = CODEBOOK_SIZE
 
 
 def quiet_pipeline(*args, **kwargs) -> DraftAndRevisePipeline:
@@ -156,6 +157,23 @@ def test_a_negative_prompt_goes_with_its_prompt(text_pipe):
     without = codes_of(text_pipe, PROMPTS[:2], generator=generators(1, 2), **arguments)
     assert torch.equal(one_for_all[0], together[0])
     assert not torch.equal(one_for_all[1], together[1]) and not torch.equal(one_for_all[0], without[0])
+
+
+@pytest.mark.parametrize("blank", ["", " \n", ["", "\t"]])
+def test_an_empty_negative_prompt_is_none(text_pipe, blank):
+    arguments = dict(generator=generators(1, 2), guidance_scale=3.0, draft_guidance_scale=3.0)
+    none = codes_of(text_pipe, PROMPTS[:2], **arguments)
+    arguments["generator"] = generators(1, 2)
+    assert torch.equal(codes_of(text_pipe, PROMPTS[:2], negative_prompt=blank, **arguments), none)
+
+
+def test_negative_prompts_are_empty_row_by_row(text_pipe):
+    arguments = dict(guidance_scale=3.0, draft_guidance_scale=3.0)
+    negative = ["", "snow", " "]
+    together = codes_of(text_pipe, PROMPTS, negative_prompt=negative, generator=generators(1, 2, 3), **arguments)
+    for row, own in enumerate((None, "snow", None)):
+        alone = codes_of(text_pipe, PROMPTS[row], negative_prompt=own, generator=generators(row + 1), **arguments)
+        assert torch.equal(alone[0], together[row])
 
 
 def test_an_overlong_prompt_is_read_as_far_as_the_model_reads_and_said(text_pipe, caplog):
@@ -328,6 +346,31 @@ def test_an_image_may_be_of_any_kind_and_size(text_pipe):
     small = large.resize((8, 8), Image.Resampling.LANCZOS)
     codes = codes_of(text_pipe, "a cat", image=[large, small], num_revisions=0)
     assert torch.equal(codes[0], codes[1]) and torch.equal(codes[:1], encode(text_pipe, small))
+
+
+@pytest.mark.parametrize("height, width", [(40, 40), (64, 23), (9, 8), (8, 5), (5, 6)])
+def test_a_picture_of_any_size_has_the_same_pixels_of_any_kind(text_pipe, height, width):
+    """Lanczos of PIL images and bicubic of arrays and tensors are within 0.02; the nearest pixel is over 0.05 away."""
+    smooth = np.asarray(photo(3, 2).resize((width, height), Image.Resampling.BICUBIC))
+    # and where five pixels become one, a grain that only antialiasing takes away
+    grain = np.random.default_rng(0).uniform(-40, 40, smooth.shape) * (min(height, width) > 20)
+    image = Image.fromarray((smooth + grain).clip(0, 255).astype("uint8"))
+    array, expected = np.array(image), text_pipe.prepare_image(image)
+    channels = torch.tensor(array).permute(2, 0, 1)
+    pixels = text_pipe.prepare_image(array)
+    torch.testing.assert_close(pixels, expected, atol=0.02, rtol=0)
+    for same in (array / 255, (array / 255).astype("float32"), channels, channels / 255, channels.double() / 255):
+        torch.testing.assert_close(text_pipe.prepare_image(same), pixels, atol=1e-6, rtol=0)  # float32's rounding
+    nearest = torch.nn.functional.interpolate(channels[None] / 255, size=(8, 8))
+    assert (nearest - expected).abs().max() > 0.05
+
+
+def test_resized_pixels_stay_in_their_range(text_pipe):
+    edges = np.zeros((40, 40, 3), dtype=np.uint8)
+    edges[10:30, 10:30] = 255  # next to an edge a bicubic kernel overshoots
+    for image in (Image.fromarray(edges), edges, torch.tensor(edges).permute(2, 0, 1) / 255):
+        pixels = text_pipe.prepare_image(image)
+        assert pixels.min() == 0 and pixels.max() == 1
 
 
 @pytest.mark.parametrize(
@@ -526,6 +569,68 @@ def test_a_callback_may_replace_the_codes(text_pipe):
     # after the draft: the revision is that of the new codes
     revised = codes_of(text_pipe, "a cat", latents=start, **revise, generator=generator())
     assert torch.equal(replace(at=2), revised) and not torch.equal(replace(at=99), revised)
+
+
+def mask_again(codes):
+    batch, row, column = (codes != MASK).all(dim=-1).nonzero()[0]
+    codes[batch, row, column] = MASK
+
+
+def fill_ahead(codes):
+    codes[(codes == MASK).all(dim=-1)] = 0
+
+
+def mask_in_part(codes):
+    codes[..., 1] = MASK
+
+
+def leave_the_codebook(codes):
+    codes[:, 1, 1, 2] = MASK + 1
+
+
+HOLES = (
+    (1, mask_again, r"are masked where those it was given are, got 1 position\(s\) masked that were not, and 0 not"),
+    (1, fill_ahead, r"are masked where those it was given are, got 0 position\(s\) masked that were not, and 8 not"),
+    (4, mask_again, r"are masked where those it was given are, got 1 position\(s\) masked that were not, and 0 not"),
+)
+
+
+@pytest.mark.parametrize(
+    "selection, at, change, message",
+    [
+        *((selection, *hole) for selection in SELECTIONS for hole in HOLES),
+        ("random", 1, mask_in_part, "are a code map: `latents` must be masked in whole stacks"),
+        ("random", 1, leave_the_codebook, r"are a code map: `latents` must lie in \[0, 50\]"),
+        ("random", 1, torch.Tensor.int, "are a code map: `latents` must have dtype torch.int64, got torch.int32"),
+        ("random", 1, torch.Tensor.tolist, "are a code map: `latents` must be a torch.Tensor of int64, got list"),
+        ("random", 1, lambda codes: codes[:, :2], r"have shape \(1, 4, 4, 3\) on cpu, got \(1, 2, 4, 3\) on cpu"),
+        ("random", 1, lambda codes: codes.to("meta"), r"have shape \(1, 4, 4, 3\) on cpu, got .* on meta"),
+    ],
+)
+def test_a_callback_may_not_leave_holes(text_pipe, selection, at, change, message):
+    """A step samples its own block alone: a position that is masked again would stay so."""
+
+    def callback(pipe, step, timestep, callback_kwargs):
+        codes = callback_kwargs["latents"].clone()
+        changed = change(codes) if step == at else None
+        return {"latents": codes if changed is None else changed}
+
+    with pytest.raises(ValueError, match=f"`callback_on_step_end` must return `latents` that {message}"):
+        text_pipe(
+            "a cat", num_inference_steps=4, num_revise_steps=2, selection=selection, callback_on_step_end=callback
+        )
+
+
+def test_codes_given_back_by_a_callback_are_those_it_was_given(text_pipe):
+    expected = codes_of(text_pipe, "a cat", generator=generator())
+    for callback in (
+        lambda pipe, step, timestep, callback_kwargs: callback_kwargs,
+        lambda pipe, step, timestep, callback_kwargs: {"latents": callback_kwargs["latents"].clone()},
+        lambda pipe, step, timestep, callback_kwargs: None,
+    ):
+        assert torch.equal(
+            codes_of(text_pipe, "a cat", generator=generator(), callback_on_step_end=callback), expected
+        )
 
 
 def test_interrupt_leaves_out_the_remaining_steps(text_pipe):

@@ -3,7 +3,6 @@
 import inspect
 import itertools
 import json
-import logging
 import re
 import subprocess
 import sys
@@ -426,19 +425,6 @@ def test_forward_draws_nothing_and_neither_training_mode_nor_fused_projections_c
 # ---- compilation
 
 
-@pytest.fixture
-def fresh_compiler():
-    """Nothing compiled before, and without the trace that dynamo writes where logs are kept, as pytest does."""
-    trace = logging.getLogger("torch.__trace")
-    level = trace.level
-    trace.setLevel(logging.CRITICAL)
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
-    trace.setLevel(level)
-
-
 @pytest.mark.parametrize("condition, guided", [("text", True), ("class", False), (None, False)])
 def test_one_graph_samples_all_positions(fresh_compiler, condition, guided):
     model = tiny(condition)
@@ -468,7 +454,10 @@ def test_repeated_blocks_compile_once_a_use(fresh_compiler):
     reference, model = tiny("text"), tiny("text")
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     uniforms, arguments = random_uniforms(model), random_condition(model)
-    with torch._dynamo.config.patch(recompile_limit=3):
+    with (
+        torch._dynamo.config.patch(recompile_limit=3),
+        torch.fx.experimental._config.patch(use_duck_shape=False),  # equal sizes are chance
+    ):
         codes, _ = sample(model, uniforms, arguments)
     assert torch.equal(codes, sample(reference, uniforms, arguments)[0])
 
@@ -665,6 +654,17 @@ def test_a_negative_prompt_guides_also_a_model_without_a_null_text():
         call(tiny_pipeline(None), None, guidance_scale=0)
 
 
+def test_an_empty_negative_prompt_is_the_null_text_and_refused_without_one():
+    pipe = tiny_pipeline("text")
+    none, snow = call(pipe, output_type="latent"), call(pipe, negative_prompt="snow", output_type="latent")
+    assert torch.equal(call(pipe, negative_prompt="", output_type="latent"), none)
+    mixed = call(pipe, negative_prompt=["snow", " \t"], output_type="latent")
+    assert torch.equal(mixed[0], snow[0]) and torch.equal(mixed[1], none[1])
+    for blank in ("", ["snow", " "]):
+        with pytest.raises(ValueError, match="`negative_prompt` must not be empty: .* this model has none, got"):
+            call(tiny_pipeline("text", null_condition=False), negative_prompt=blank)
+
+
 @conditions
 def test_given_stacks_are_kept_and_seen(condition):
     pipe = tiny_pipeline(condition)
@@ -702,6 +702,15 @@ def test_callbacks_see_each_position_and_may_change_what_follows():
 
     changed = call(pipe, "class", callback_on_step_end=change, output_type="latent")
     assert (changed[:, 0, 3] == 7).all() and not torch.equal(changed[:, 1:], free[:, 1:])
+
+    def mask_again(pipe, step, timestep, kwargs):
+        latents = kwargs["latents"].clone()
+        latents[1, 0, 0] = 50  # nothing would fill it
+        return {"latents": latents}
+
+    message = r"`callback_on_step_end` must return `latents` that are masked where .* got 1 position\(s\) masked"
+    with pytest.raises(ValueError, match=message):
+        call(pipe, "class", callback_on_step_end=mask_again)
 
     def stop(pipe, step, timestep, kwargs):
         pipe._interrupt = step == 4

@@ -1,5 +1,7 @@
 """Arguments that the calls of all pipelines have, and what is refused of them."""
 
+import torch
+
 from .codes import check_codes
 from .scheduling_draft_and_revise import check_generator, check_sampling
 
@@ -37,6 +39,43 @@ def check_run(
             f"`callback_on_step_end_tensor_inputs` must be a list of names among {allowed_tensor_inputs}, "
             f"got {names!r}."
         )
+
+
+def next_latents(callback_outputs: dict, latents: torch.Tensor, config) -> torch.Tensor:
+    """The codes to go on with after a callback: those that it returned, or the present ones.
+
+    Args:
+        callback_outputs (`dict`): What `callback_on_step_end` returned.
+        latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The present codes. Given
+            back as the same tensor, they are not looked at.
+        config: That of the transformer.
+
+    Raises:
+        `ValueError`: names `callback_on_step_end`; others are no code map of this shape on this device, or are not
+            masked where the present ones are. A step samples its own block alone: a position that is masked again
+            would stay so. Reading the values waits for the device.
+    """
+    given = callback_outputs.pop("latents", latents)
+    if given is latents:
+        return latents
+    if isinstance(given, torch.Tensor) and (given.shape != latents.shape or given.device != latents.device):
+        raise ValueError(
+            f"`callback_on_step_end` must return `latents` that have shape {tuple(latents.shape)} on "
+            f"{latents.device}, got {tuple(given.shape)} on {given.device}."
+        )
+    try:
+        check_codes(given, config.code_depth, config.codebook_size, name="latents")
+    except ValueError as error:
+        raise ValueError(f"`callback_on_step_end` must return `latents` that are a code map: {error}") from error
+    masked, masked_before = (codes[..., 0] == config.codebook_size for codes in (given, latents))
+    changed = masked != masked_before
+    if changed.any():
+        more, fewer = int((masked & changed).sum()), int((masked_before & changed).sum())
+        raise ValueError(
+            "`callback_on_step_end` must return `latents` that are masked where those it was given are, got "
+            f"{more} position(s) masked that were not, and {fewer} not masked that were."
+        )
+    return given
 
 
 def check_phases(conditional: bool, **given) -> None:

@@ -158,10 +158,16 @@ def check_condition(
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"`{name}` must be a string or a non-empty list of strings, got {texts!r}.")
-        if name == "prompt" and not all(text.strip() for text in texts):
+        blank = not all(text.strip() for text in texts)
+        if name == "prompt" and blank:
             raise ValueError(f"`prompt` must not be empty, got {texts!r}.")
-    if negative_prompt is not None and prompt is None:
-        raise ValueError("`negative_prompt` needs a `prompt`.")
+        if name == "negative_prompt" and prompt is None:
+            raise ValueError("`negative_prompt` needs a `prompt`.")
+        if name == "negative_prompt" and blank and not config.get("null_condition", True):
+            raise ValueError(
+                "`negative_prompt` must not be empty: that means the null condition, and this model has none, got "
+                f"{texts!r}."
+            )
     if isinstance(negative_prompt, list):
         num_prompts = 1 if isinstance(prompt, str) else len(prompt)
         if len(negative_prompt) != num_prompts:
@@ -209,7 +215,8 @@ def condition_ids(
 
     Returns:
         `class_labels` `(rows,)` or `input_ids` `(rows, max_text_length)`, one row a condition, or with guidance two:
-        all conditions, then the null conditions or the negative prompts. Empty without a condition.
+        all conditions, then the null conditions or the negative prompts, of which a blank one is the null condition.
+        Empty without a condition.
     """
 
     def tokens(text):
@@ -223,7 +230,13 @@ def condition_ids(
         return {}
     if do_classifier_free_guidance:
         if negative_prompt is not None:
-            null = tokens(negative_prompt).to(device).expand_as(condition)
+            texts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+            null = tokens(texts)
+            # "" is diffusers' unconditional prompt; its tokens, all padding, are a text that no training has seen
+            blank = [row for row, text in enumerate(texts) if not text.strip()]
+            if blank:
+                null[blank] = transformer.null_condition_id
+            null = null.to(device).expand_as(condition)
         else:
             null = torch.full_like(condition, transformer.null_condition_id)
         condition = torch.cat([condition, null])

@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import check_phases, check_run, count_matched
+from .arguments import check_phases, check_run, count_matched, next_latents
 from .conditions import (
     check_condition,
     condition_ids,
@@ -327,6 +327,7 @@ class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPi
             draft_guidance_scale (`float`, *optional*), draft_temperature (`float`, *optional*): The same for the
                 draft.
             negative_prompt (`str` or `list[str]`, *optional*): Guides away from this instead of from the null text.
+                An empty one is the null text.
             selection (`str`, *optional*): `"random"`, `"top-c"` or `"top-c-50%"`: see [`DraftAndReviseScheduler`].
             top_k (`int`, *optional*), top_p (`float` in (0, 1], *optional*): Sample among the most probable codes.
             generator (`torch.Generator` or a list of one an image, *optional*): With a list, an image depends on its
@@ -341,7 +342,7 @@ class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPi
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the codes.
             return_dict (`bool`, defaults to `True`): An `ImagePipelineOutput` with `images`, or a tuple of them.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, callback_kwargs)`
-                after each step; may return a dictionary with new `latents`.
+                after each step; may return a dictionary with new `latents`, masked where these are.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): What `callback_kwargs` holds.
 
         Raises:
@@ -433,7 +434,7 @@ class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPi
                     for name in callback_on_step_end_tensor_inputs:
                         callback_kwargs[name] = locals()[name]
                     callback_outputs = callback_on_step_end(self, i, timestep, callback_kwargs) or {}
-                    latents = callback_outputs.pop("latents", latents)
+                    latents = next_latents(callback_outputs, latents, self.transformer.config)
                 progress_bar.update()
 
         # 4. Decode

@@ -11,7 +11,7 @@ from diffusers.utils import logging
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import check_phases, check_run, count_matched
+from .arguments import check_phases, check_run, count_matched, next_latents
 from .conditions import (
     check_condition,
     condition_ids,
@@ -35,8 +35,8 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
     r"""Inpainting, editing and infilling by Draft-and-Revise (supplement D.3, D.4).
 
     The positions under the mask are drafted and then revised, among codes of the image that never change. The
-    components are those of [`DraftAndRevisePipeline`], and may be shared:
-    `DraftAndReviseInpaintPipeline(**pipe.components, id2label=pipe.config.id2label)`.
+    components are those of [`DraftAndRevisePipeline`], which `DraftAndReviseInpaintPipeline.from_pipe(pipe)` shares,
+    and takes along the names of classes. It casts what is shared, to float32 unless a `dtype` is given.
 
     Args:
         vae ([`RQVAEModel`]): Encodes images to codes and decodes codes to images.
@@ -369,7 +369,8 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
                 uint8. One image, mask or condition serves as many of the others as there are.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of them, *optional*): White, from
                 0.5, is to be filled. Arrays and tensors are `(H, W)`, with or without the one channel, or batches;
-                bool will do too. Of any size: a pixel of the model's size is masked if any that it covers is.
+                bool will do too, and uint8 of 0 and 1 as of 0 to 255. Of any size: a pixel of the model's size is
+                masked if any that it covers is.
             prompt (`str` or `list[str]`, *optional*): For a text-conditional model.
             class_labels (`int`, `str`, a list of them, or an int tensor, *optional*): Ids or names, for a
                 class-conditional model. Another class than the image's edits it.
@@ -383,6 +384,7 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
             draft_guidance_scale (`float`, *optional*), draft_temperature (`float`, *optional*): The same for the
                 draft.
             negative_prompt (`str` or `list[str]`, *optional*): Guides away from this instead of from the null text.
+                An empty one is the null text.
             selection (`str`, *optional*): `"random"`, `"top-c"` or `"top-c-50%"`: see [`DraftAndReviseScheduler`].
             top_k (`int`, *optional*), top_p (`float` in (0, 1], *optional*): Sample among the most probable codes.
             mask (`torch.Tensor` of shape `(batch_size, height, width)`, bool, *optional*): The positions to fill,
@@ -397,7 +399,7 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the codes.
             return_dict (`bool`, defaults to `True`): An `ImagePipelineOutput` with `images`, or a tuple of them.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, callback_kwargs)`
-                after each step; may return a dictionary with new `latents`.
+                after each step; may return a dictionary with new `latents`, masked where these are.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): What `callback_kwargs` holds.
 
         Raises:
@@ -497,7 +499,7 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
                     for name in callback_on_step_end_tensor_inputs:
                         callback_kwargs[name] = locals()[name]
                     callback_outputs = callback_on_step_end(self, i, timestep, callback_kwargs) or {}
-                    latents = callback_outputs.pop("latents", latents)
+                    latents = next_latents(callback_outputs, latents, self.transformer.config)
                 progress_bar.update()
 
         # 5. Decode, and put the known pixels back

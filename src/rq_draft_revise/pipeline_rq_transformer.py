@@ -9,7 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import check_run
+from .arguments import check_run, next_latents
 from .conditions import (
     check_condition,
     condition_ids,
@@ -266,6 +266,7 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
                 second row. Other numbers need a model with a null condition, or a `negative_prompt`.
             temperature (`float`, *optional*): Positive.
             negative_prompt (`str` or `list[str]`, *optional*): Guides away from this instead of from the null text.
+                An empty one is the null text, and is refused where the model has none.
             top_k (`int` or a list of one a depth, *optional*), top_p (`float` in (0, 1] or a list of one a depth,
                 *optional*): Sample among the most probable codes of each depth. `codebook_size` and 1 are no limits.
             generator (`torch.Generator` or a list of one an image, *optional*): With a list, an image depends on its
@@ -276,8 +277,8 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the codes.
             return_dict (`bool`, defaults to `True`): An `ImagePipelineOutput` with `images`, or a tuple of them.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, callback_kwargs)`
-                after each position; may return a dictionary with new `latents`, of which the stacks up to the present
-                position but this one have been read already.
+                after each position; may return a dictionary with new `latents`, masked where these are, of which the
+                stacks up to the present position but this one have been read already.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): What `callback_kwargs` holds.
 
         Raises:
@@ -355,7 +356,7 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
                     for name in callback_on_step_end_tensor_inputs:
                         callback_kwargs[name] = locals()[name]
                     callback_outputs = callback_on_step_end(self, n, n, callback_kwargs) or {}
-                    latents = callback_outputs.pop("latents", latents)
+                    latents = next_latents(callback_outputs, latents, self.transformer.config)
                 progress_bar.update()
 
         # 4. Decode
