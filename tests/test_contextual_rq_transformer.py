@@ -611,7 +611,7 @@ def bad_calls():
             dict(codes=codes, uniforms=uniforms, prefix_key_values=prefix[:1]),
             r"`prefix_key_values` must be .*\(2, 2, batch_size,",
         ),
-        ("class", dict(codes=codes, labels=labels, class_labels=ids.view(2, 1)), r"`class_labels` .* of shape \(2, 1\)"),
+        ("class", dict(codes=codes, labels=labels, class_labels=ids.view(2, 1)), r"`class_labels` .* \(2, 1\)"),
         ("class", dict(codes=codes, labels=labels, class_labels=ids.float()), "`class_labels` .* got torch.float32"),
         (
             "text",

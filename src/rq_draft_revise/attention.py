@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn as nn
-from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 
@@ -47,8 +47,8 @@ class SelfAttentionProcessor:
         return attn.to_out[1](attn.to_out[0](hidden_states)), key, value
 
 
-class CompiledBlocksMixin:
-    """For models of these blocks, before the diffusers class."""
+class BlocksMixin(AttentionMixin):
+    """For models of these blocks, before `ModelMixin`: their attention processors, and how they are compiled."""
 
     def compile_repeated_blocks(self, *args, dynamic: bool | None = True, **kwargs) -> None:
         """As in diffusers, by default for all shapes at once: sampling calls a block with many, by images, guidance,

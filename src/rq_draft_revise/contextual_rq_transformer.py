@@ -7,11 +7,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from .attention import CompiledBlocksMixin, SpatialTransformerBlock
+from .attention import BlocksMixin, SpatialTransformerBlock
 from .codes import check_codes, check_ranges, check_tensor, is_readable, project_vectors
 from .depth_transformer import DepthTransformer
 from .publishing import ModelCardMixin
@@ -64,9 +63,7 @@ class PrefixOutput(BaseOutput):
     prefix_key_values: torch.Tensor
 
 
-class ContextualRQTransformerModel(
-    CompiledBlocksMixin, ModelCardMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin
-):
+class ContextualRQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""Contextual RQ-Transformer (Lee et al., "Draft-and-Revise", NeurIPS 2022, section 3.2).
 
     A bidirectional *spatial* transformer reads the code map with its masked positions and the condition before it, and

@@ -1,9 +1,10 @@
 """Publishing on the Hub and loading from it, beyond diffusers: cards, our module paths, the upload after training."""
 
+import functools
 import tempfile
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from huggingface_hub import CommitInfo, ModelCard, create_repo, upload_folder
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
@@ -22,19 +23,10 @@ EMPTY_CARD = "This model card has been automatically generated."
 class ModelCardMixin:
     """Pushes with a filled-in card. For models and pipelines, before the diffusers class."""
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """As in diffusers, whose files would not load with the names that layers have under a LoRA adapter.
-
-        Raises:
-            `ValueError`: an adapter is loaded.
-        """
-        for name, model in getattr(self, "components", {type(self).__name__: self}).items():
-            if adapters := getattr(model, "peft_config", None):
-                raise ValueError(
-                    f"{name} must have no LoRA adapters to be saved, got {sorted(adapters)}. Save them by "
-                    "`save_lora_weights`, or put them into the weights by `fuse_lora` and `unload_lora_weights`."
-                )
-        super().save_pretrained(save_directory, *args, **kwargs)
+    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at its signature
+    def save_pretrained(self, *args, **kwargs):
+        refuse_adapters(self)
+        return super().save_pretrained(*args, **kwargs)
 
     def push_to_hub(
         self,
@@ -88,6 +80,12 @@ class ModelCardMixin:
 class HubPipelineMixin(ModelCardMixin):
     """Also loads, from the Hub, components that are classes of this package. For pipelines."""
 
+    @functools.wraps(DiffusionPipeline.save_pretrained)
+    def save_pretrained(self, *args, **kwargs):
+        for component in self.components.values():
+            refuse_adapters(component)
+        return super().save_pretrained(*args, **kwargs)
+
     @classmethod
     def download(cls, pretrained_model_name, **kwargs):
         """As in diffusers, which before a download refuses a component's module unless it is one it loads from.
@@ -108,6 +106,15 @@ class HubPipelineMixin(ModelCardMixin):
             if isinstance(value, list) and len(value) == 2 and value[0] in COMPONENT_MODULES:
                 config[name] = [f"{PACKAGE}.{value[0]}", value[1]]
         return config
+
+
+def refuse_adapters(model) -> None:
+    """Raise a `ValueError` for a model with LoRA adapters: its layers have other names, by which it would not load."""
+    if adapters := getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{type(model).__name__} must have no LoRA adapters to be saved, got {sorted(adapters)}. Save them by "
+            "`save_lora_weights`, or put them into the weights by `fuse_lora` and `unload_lora_weights`."
+        )
 
 
 def pipeline_class_of(pipeline: str | Path) -> type:

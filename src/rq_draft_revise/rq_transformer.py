@@ -7,11 +7,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from .attention import CompiledBlocksMixin, SpatialTransformerBlock
+from .attention import BlocksMixin, SpatialTransformerBlock
 from .codes import check_codes, check_ranges, check_tensor, is_readable, project_vectors
 from .contextual_rq_transformer import check_step_sampling, next_token_loss
 from .depth_transformer import DepthTransformer
@@ -67,9 +66,7 @@ class CacheOutput(BaseOutput):
     past_key_values: torch.Tensor
 
 
-class RQTransformerModel(
-    CompiledBlocksMixin, ModelCardMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin
-):
+class RQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""RQ-Transformer (Lee et al., "Autoregressive Image Generation using Residual Quantization", CVPR 2022).
 
     A causal *spatial* transformer reads the condition and then the stacks of the image in row-major order, where stack
