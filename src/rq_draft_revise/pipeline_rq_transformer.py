@@ -285,19 +285,19 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
             `ValueError`: an argument out of its range, or one that this model has no use for.
         """
         self.check_inputs(
-            prompt,
-            class_labels,
-            negative_prompt,
-            num_images_per_prompt,
-            guidance_scale,
-            temperature,
-            top_k,
-            top_p,
-            generator,
-            latents,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-            callback_on_step_end,
+            prompt=prompt,
+            class_labels=class_labels,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_on_step_end=callback_on_step_end,
         )
         temperature = self.config.temperature if temperature is None else temperature
         top_k = self.config.top_k if top_k is None else top_k
