@@ -1,8 +1,10 @@
 """Metrics against closed forms, plain references and torch-fidelity; the networks and files they are fed from."""
 
+import functools
 import math
 import multiprocessing
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from rq_draft_revise.features import (
     NetworkOutput,
     load_feature_network,
     reference_features,
+    to_rgb,
 )
 from rq_draft_revise.metrics import (
     ReferenceStatistics,
@@ -116,6 +119,17 @@ def test_moments_do_not_depend_on_how_the_features_are_split(seed, cuts):
         mean, covariance = running.compute()
         np.testing.assert_allclose(mean, features.double().mean(0), rtol=1e-12)
         np.testing.assert_allclose(covariance, np.cov(features.double(), rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def test_moments_of_batches_of_another_width_are_refused():
+    """One column would be broadcast to all."""
+    running, other = RunningMoments(), RunningMoments()
+    running.update(random_features(5, 4))
+    other.update(random_features(5, 1))
+    for add in (lambda: running.update(random_features(5, 1)), lambda: running.merge(other)):
+        with pytest.raises(ValueError, match="`features` must have 4 columns, as those before, got 1"):
+            add()
+    assert running.num_samples == 5
 
 
 def test_fewer_than_ten_thousand_samples_are_an_error_unless_allowed():
@@ -307,6 +321,28 @@ def test_statistics_survive_saving_and_are_of_the_parents_format(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["statistics.npz"]
 
 
+def test_precision_and_recall_are_refused_on_few_real_images_unless_allowed():
+    pictures = np.zeros((9_999, 1, 1, 3), np.uint8)
+    for few in (statistics(features=random_features(9_999, 4)), statistics(features=None, images=pictures)):
+        with pytest.raises(ValueError, match="`reference.features` must be at least 10,000.*got 9,999"):
+            few.check_num_features()
+        few.check_num_features(allow_few_samples=True)
+    statistics(features=random_features(10_000, 4)).check_num_features()
+    with pytest.raises(ValueError, match="features or images"):
+        statistics(features=None).check_num_features(allow_few_samples=True)
+
+
+def test_statistics_are_of_square_images():
+    known = {name: value for name, value in KNOWN.items() if name != "resolution"}
+    for size in ((48, 16), (16, 48)):  # the reference has 16
+        with pytest.raises(ValueError, match=f"of resolution 16, and these images of '{size[0]}×{size[1]}'"):
+            statistics().check_comparable(size, **known, trust=True)
+    statistics().check_comparable((16, 16), **known)
+    statistics().check_comparable(None, **known)  # the images are still to come
+    with pytest.raises(ValueError, match="do not say their resolution"):
+        statistics(resolution=None).check_comparable(None, **known)
+
+
 @pytest.mark.parametrize("name, value", [*dict(KNOWN, resolution=32, protocol="adm", network="other").items()])
 def test_statistics_of_something_else_are_refused(name, value):
     given = {**KNOWN, name: "b" * 64 if name == "network_sha256" else value}
@@ -386,6 +422,34 @@ def test_each_protocol_resizes_as_its_source_does(width, height, resolution, see
     top, left = (adm.shape[0] - resolution) // 2, (adm.shape[1] - resolution) // 2
     ours = PROTOCOLS["adm"].prepare(image, resolution).permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(ours, adm[top : top + resolution, left : left + resolution])
+
+
+@pytest.mark.parametrize("kind", ["png", "int32", "big-endian"])
+def test_16_bit_grayscale_is_scaled_to_8_bits(kind, tmp_path):
+    levels = np.arange(65536).reshape(256, 256)
+    if kind == "png":
+        Image.fromarray(levels.astype(np.uint16)).save(tmp_path / "gray.png")
+        image = Image.open(tmp_path / "gray.png")
+    else:
+        image = Image.fromarray(levels.astype(np.int32 if kind == "int32" else ">u2"))
+    expected = torch.from_numpy(np.rint(levels * (255 / 65535)).astype(np.uint8)).expand(3, 256, 256)
+    assert image.mode.startswith("I")
+    for protocol in PROTOCOLS.values():
+        assert torch.equal(protocol.prepare(image, 256), expected)
+
+
+def test_alpha_is_dropped_and_what_is_no_8_or_16_bit_image_is_refused():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    np.testing.assert_array_equal(to_rgb(Image.fromarray(pixels)), pixels[..., :3])
+    floats, wide = np.full((8, 8), 0.5, np.float32), np.full((8, 8), 65536, np.int32)
+    for image, message in (
+        (None, "`image` must be a PIL image, got None: the image is missing"),
+        (Image.fromarray(floats), "mode 'F'"),
+        (Image.fromarray(wide), "levels in \\[0, 65535\\], got 65536 to 65536"),
+        (Image.fromarray(-wide), "got -65536 to -65536"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PROTOCOLS["adm"].prepare(image, 8)
 
 
 def test_protocols_round_as_their_sources_do_and_keep_uint8_as_it_is():
@@ -521,6 +585,52 @@ def test_any_network_may_be_given_as_a_file_or_a_callable(tmp_path):
     for source in (str(tmp_path / "text.pt"), str(tmp_path / "missing.pt"), str(tmp_path), "vgg"):
         with pytest.raises(ValueError, match="`source` must|`folder` must"):
             load_feature_network(source)
+
+
+class Powers(nn.Module):
+    """A network without weights, or with a buffer: the digest of which says little."""
+
+    def __init__(self, exponent: int, buffer: bool = False):
+        super().__init__()
+        self.exponent = exponent
+        if buffer:
+            self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, images):
+        return (images.float() / 255).pow(self.exponent).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_the_digest_of_a_torchscript_network_is_of_its_program(tmp_path, buffer):
+    networks = {}
+    for exponent in (1, 2):
+        script = torch.jit.script(Powers(exponent, buffer))
+        script.save(tmp_path / f"{exponent}.pt")
+        (tmp_path / f"copy-{exponent}.ts").write_bytes((tmp_path / f"{exponent}.pt").read_bytes())
+        networks[exponent] = load_feature_network(str(tmp_path / f"{exponent}.pt"))
+        networks[exponent, "module"] = FeatureNetwork(script, "torchscript")
+        assert networks[exponent].sha256 == load_feature_network(str(tmp_path / f"copy-{exponent}.ts")).sha256
+        assert networks[exponent, "module"].sha256 == FeatureNetwork(script, "torchscript").sha256
+    assert len({network.sha256 for network in networks.values()}) == 4
+    own = dict(network=networks[1].name, network_sha256=networks[1].sha256)
+    others = dict(network=networks[2].name, network_sha256=networks[2].sha256)
+    statistics(**own).check_comparable(**{**KNOWN, **own})
+    with pytest.raises(ValueError, match="other weights or another program"):
+        statistics(**own).check_comparable(**{**KNOWN, **others}, trust=True)
+
+
+def test_a_digest_may_be_given_and_is_none_where_there_are_no_weights():
+    assert FeatureNetwork(Powers(1), "powers").sha256 is None is FeatureNetwork(mean_colors, "colors").sha256
+    assert FeatureNetwork(Powers(1, buffer=True), "powers").sha256 is not None
+    assert FeatureNetwork(Powers(1, buffer=True), "powers", sha256="a" * 64).sha256 == "a" * 64
+
+
+def test_features_that_are_not_finite_are_called_so():
+    def third_is_nan(images):
+        return torch.eye(len(images)).where(torch.arange(len(images))[:, None] != 2, math.nan)
+
+    with pytest.raises(ValueError, match="'wrong' must return finite features .* NaN or infinity for 1 of 4 images"):
+        FeatureNetwork(third_is_nan, "wrong")(random_images(4))
 
 
 @pytest.mark.parametrize(
@@ -682,6 +792,129 @@ def test_modules_refuse_what_cannot_be_compared(evaluate_library, tmp_path):
         fid(reference=None)
 
 
+def test_a_metric_without_images_says_so(evaluate_library):
+    with pytest.raises(ValueError, match="`predictions` must be given, or added before"):
+        load_metric("inception_score", network=mean_colors).compute(allow_few_samples=True)
+
+
+def test_precision_and_recall_modules_refuse_few_real_images(evaluate_library, tmp_path):
+    metric = load_metric("precision_recall", network=mean_colors)
+    metric.add_batch(predictions=random_images(10_000, 2))
+    reference = ReferenceStatistics.load(color_reference(tmp_path / "reference.npz"))
+    reference.resolution = 2
+    with pytest.raises(ValueError, match="`reference.features` must be at least 10,000.*got 40"):
+        metric.compute(reference=reference)
+    with pytest.raises(ValueError, match="`k` must lie in \\[1, 39\\].*got 40"):
+        metric.compute(reference=reference, allow_few_samples=True, k=40)
+
+
+@pytest.mark.parametrize("size", [(48, 16), (16, 48)])
+def test_modules_look_at_height_and_width(evaluate_library, tmp_path, size):
+    reference, generator = color_reference(tmp_path / "reference.npz"), torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (12, 3, *size), dtype=torch.uint8, generator=generator)
+    metric = load_metric("fid", network=mean_colors)
+    metric.add_batch(predictions=images)
+    with pytest.raises(ValueError, match=f"resolution 16.*'{size[0]}×{size[1]}'"):
+        metric.compute(reference=reference, allow_few_samples=True)
+    for other in ((16, 16), size[::-1]):
+        with pytest.raises(ValueError, match="one size \\(height, width\\)"):
+            metric.add_batch(predictions=torch.zeros(2, 3, *other, dtype=torch.uint8))
+
+
+def test_a_refused_compute_loses_no_image(evaluate_library, tmp_path):
+    images, reference = random_images(30), color_reference(tmp_path / "reference.npz")
+    real = mean_colors(random_images(40, seed=9)).features
+    expected = frechet_inception_distance(real, mean_colors(images).features, allow_few_samples=True)
+    options = dict(reference=reference, allow_few_samples=True)
+    for in_memory in (False, True):
+        metric = load_metric("fid", network=mean_colors, keep_in_memory=in_memory)
+        metric.add_batch(predictions=images[:10])
+        for refused in (
+            dict(reference=reference),  # few samples
+            dict(allow_few_samples=True),  # no reference
+            dict(options, reference=str(tmp_path / "missing.npz")),
+            dict(options, predictions=random_images(3, 20)),
+            dict(reference=reference, predictions=images[20:]),  # taken back: the corrected call adds them again
+        ):
+            with pytest.raises(ValueError):
+                metric.compute(**refused)
+        with pytest.raises(TypeError):
+            metric.compute(**options, k=3)
+        metric.add_batch(predictions=images[10:20])
+        assert metric.compute(predictions=images[20:], **options)["fid"] == pytest.approx(expected, rel=1e-4)
+        # and a result ends with the images: those of the next may have another size
+        larger = ReferenceStatistics.load(reference)
+        larger.resolution = 20
+        again = metric.compute(predictions=random_images(12, 20), reference=larger, allow_few_samples=True)
+        generated = mean_colors(random_images(12, 20)).features
+        assert again["fid"] == pytest.approx(
+            frechet_inception_distance(real, generated, allow_few_samples=True), rel=1e-4
+        )
+
+
+def test_what_only_the_images_show_loses_none_either(evaluate_library):
+    """The number of splits is compared with the number of images once they are gathered."""
+    images = random_images(12)
+    metric = load_metric("inception_score", network=mean_colors)
+    metric.add_batch(predictions=images[:4])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="`num_splits` must lie in \\[1, 4\\]"):
+            metric.compute(allow_few_samples=True)
+    mean, _ = inception_score(mean_colors(images).logits)
+    scores = metric.compute(predictions=images[4:], allow_few_samples=True)
+    assert scores["inception_score"] == pytest.approx(mean, rel=1e-4)
+
+
+def test_statistics_of_a_network_without_a_name_are_refused(evaluate_library):
+    from rq_draft_revise.evaluate_modules import named_network
+
+    class Named(Powers):
+        name = "powers-1"
+
+    def digested(images):
+        return images
+
+    digested.sha256 = "a" * 64
+    for network in (lambda images: images, functools.partial(mean_colors), Powers(1), nn.Sequential(Powers(2))):
+        with pytest.raises(
+            ValueError, match="`network` must have a name of its own.*FeatureNetwork\\(network, name\\)"
+        ):
+            load_metric("fid", network=network)
+        assert load_metric("fid", network=FeatureNetwork(network, "mine")).network.name == "mine"
+    assert named_network(mean_colors).name == "mean_colors"
+    assert named_network(Named(1)).name == "powers-1"
+    assert named_network(digested).sha256 == "a" * 64
+    assert named_network(Powers(1, buffer=True)).sha256 is not None
+
+
+def test_modules_scale_16_bits_and_name_the_image_that_is_none(evaluate_library):
+    from rq_draft_revise.evaluate_modules import stack_images
+
+    levels = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    deep, plain = Image.fromarray(levels), Image.fromarray((levels // 257).astype(np.uint8))
+    assert torch.equal(stack_images([deep]), stack_images([plain]))
+    with pytest.raises(ValueError, match="got for image 1 of the batch None: the image is missing"):
+        stack_images([plain, None])
+    with pytest.raises(ValueError, match="image 2 of the batch.*mode 'F'"):
+        stack_images([plain, deep, plain.convert("F")])
+    for images in (None, plain):
+        with pytest.raises(ValueError, match="`predictions` must be a batch of images"):
+            stack_images(images)
+
+
+def run_processes(share, *arguments) -> dict:
+    """What two processes `share(process, *arguments, answers)` put into `answers`."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    answers = context.Queue()
+    processes = [context.Process(target=share, args=(process, *arguments, answers)) for process in (0, 1)]
+    for process in processes:
+        process.start()
+    found = dict(answers.get(timeout=100) for _ in processes)
+    for process in processes:
+        process.join()
+    return found
+
+
 def share_of_one_process(process: int, folder: Path, reference: str, answers) -> None:
     """Half of the images: those at even or at odd places."""
     sys.path[:] = [path for path in sys.path if path != EXAMPLES]
@@ -697,19 +930,56 @@ def share_of_one_process(process: int, folder: Path, reference: str, answers) ->
 @pytest.mark.slow
 def test_two_processes_add_their_images_to_one_metric(evaluate_library, tmp_path):
     reference = color_reference(tmp_path / "reference.npz")
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    answers = context.Queue()
-    arguments = (tmp_path / "common", reference, answers)
-    processes = [context.Process(target=share_of_one_process, args=(process, *arguments)) for process in (0, 1)]
-    for process in processes:
-        process.start()
-    found = dict(answers.get(timeout=100) for _ in processes)
-    for process in processes:
-        process.join()
+    found = run_processes(share_of_one_process, tmp_path / "common", reference)
     alone = load_metric("fid", network=mean_colors).compute(
         predictions=random_images(30), reference=reference, allow_few_samples=True
     )
     assert found[1] is None and found[0] == pytest.approx(alone, rel=1e-6)
+
+
+def uneven_share(process: int, folder: Path, reference: str, sizes: tuple[int, int], allow: bool, answers) -> None:
+    """12 images of this process's size, or none at size 0."""
+    sys.path[:] = [path for path in sys.path if path != EXAMPLES]
+    metric = load_metric(
+        "fid", network=mean_colors, process_id=process, num_process=2, experiment_id="uneven", cache_dir=str(folder)
+    )
+    good, found = dict(reference=reference, allow_few_samples=True), []
+    bad = [dict(good, reference=None), dict(good, allow_few_samples=False)]  # refused before and after all is gathered
+    if sizes[process]:
+        metric.add_batch(predictions=random_images(12, sizes[process], seed=process))
+    for options in [good] if allow else [*bad, good]:
+        try:
+            found.append(metric.compute(**options))
+            break
+        except ValueError as error:
+            found.append(str(error))
+    answers.put((process, found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("allow", [True, False])
+@pytest.mark.parametrize("sizes", [(16, 0), (0, 16)])
+def test_a_process_without_images_leaves_the_figure_to_the_others(evaluate_library, tmp_path, sizes, allow):
+    """And where process 0 is refused what all have gathered, it alone tries again."""
+    statistics = ReferenceStatistics.load(color_reference(tmp_path / "reference.npz"))
+    statistics.num_samples = None  # or its own would be too few
+    statistics.save(reference := tmp_path / "reference.npz")
+    found = run_processes(uneven_share, tmp_path / "common", reference, sizes, allow)
+    alone = load_metric("fid", network=mean_colors).compute(
+        predictions=random_images(12, seed=sizes.index(16)), reference=reference, allow_few_samples=True
+    )
+    *refused, scores = found[0]
+    assert found[1] == [None] and scores == pytest.approx(alone, rel=1e-6)
+    messages = [] if allow else ["`reference` must be given", "`predictions` must be at least 10,000"]
+    assert [message[: len(start)] for message, start in zip(refused, messages, strict=True)] == messages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes, message", [((16, 32), "got \\[\\(16, 16\\), \\(32, 32\\)\\]"), ((0, 0), "no images")])
+def test_process_0_refuses_what_only_all_processes_show(evaluate_library, tmp_path, sizes, message):
+    reference = color_reference(tmp_path / "reference.npz")
+    found = run_processes(uneven_share, tmp_path / "common", reference, sizes, True)
+    assert found[1] == [None] and re.search(message, found[0][0])
 
 
 @pytest.fixture(scope="module")

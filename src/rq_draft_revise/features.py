@@ -21,9 +21,34 @@ from PIL import Image
 from torch import Tensor
 
 from .metrics import ReferenceStatistics
+from .provenance import file_sha256
 
 
 # ------------------------------------------------------------------------------------------------------- protocols
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image in 8-bit RGB.
+
+    16-bit grayscale (modes `I` and `I;16`, levels in [0, 65535]) is scaled: PIL would clip it at 255, to white. Alpha
+    is dropped, as torch-fidelity does: what a transparent pixel hides becomes visible.
+
+    Raises:
+        `ValueError`: no image, mode `F`, or integers outside of [0, 65535].
+    """
+    if not isinstance(image, Image.Image):
+        got = "None: the image is missing" if image is None else type(image).__name__
+        raise ValueError(f"`image` must be a PIL image, got {got}.")
+    if image.mode == "F":
+        raise ValueError("`image` must have integer levels, got mode 'F', whose floats have no fixed range.")
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.int64)  # (H, W)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(
+                f"`image` of mode {image.mode!r} must have levels in [0, 65535], got {levels.min()} to {levels.max()}."
+            )
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # 257 = 65535 / 255, to nearest
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -48,8 +73,8 @@ class Protocol:
     inception_score: dict[str, Any]
 
     def prepare(self, image: Image.Image, resolution: int) -> Tensor:
-        """A real image as uint8 `(3, resolution, resolution)`, as a feature network takes it."""
-        image = self.crop(image.convert("RGB"), resolution)
+        """A real image as uint8 `(3, resolution, resolution)`, as a feature network takes it: see [`to_rgb`]."""
+        image = self.crop(to_rgb(image), resolution)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def to_uint8(self, images: Tensor) -> Tensor:
@@ -147,18 +172,32 @@ class FeatureNetwork:
             to `device` and put into evaluation mode.
         name (`str`): By which statistics are told apart from those of other networks.
         device (`torch.device` or `str`, defaults to `"cpu"`): Where the images are sent.
+        sha256 (`str`, *optional*): Digest of the network, of a file it comes from for instance. By default that of a
+            module's weights, or of the whole TorchScript module: two without weights are different programs.
 
     Attributes:
-        sha256 (`str`, *optional*): Of the weights of a module; `None` for other callables.
+        sha256 (`str`, *optional*): The digest; `None` for a module without weights and for other callables, which
+            only their name tells apart.
     """
 
-    def __init__(self, network: Callable[[Tensor], Any], name: str, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        network: Callable[[Tensor], Any],
+        name: str,
+        device: torch.device | str = "cpu",
+        sha256: str | None = None,
+    ):
         if not callable(network):
             raise ValueError(f"`network` must be callable with uint8 images (B, 3, H, W), got {network!r}.")
-        self.name, self.device, self.sha256 = name, torch.device(device), None
+        self.name, self.device = name, torch.device(device)
         if isinstance(network, nn.Module):
-            self.sha256 = weights_sha256(network)
-            network = network.to(device).eval()
+            network = network.eval()
+            if sha256 is None and isinstance(network, torch.jit.ScriptModule):
+                sha256 = hashlib.sha256(network.cpu().save_to_buffer()).hexdigest()
+            elif sha256 is None and network.state_dict():
+                sha256 = weights_sha256(network)
+            network = network.to(device)
+        self.sha256 = sha256
         self.network = network
 
     @torch.no_grad()
@@ -178,13 +217,17 @@ class FeatureNetwork:
         for name, value in zip(output._fields, output):
             if value is None and name != "features":
                 continue
-            good = isinstance(value, Tensor) and value.ndim == 2 and len(value) == len(images)
-            if not good or not torch.isfinite(value).all():
-                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"The feature network {self.name!r} must return finite {name} of shape ({len(images)}, F), got "
-                    f"{shape}."
-                )
+            if not isinstance(value, Tensor):
+                got = type(value).__name__
+            elif value.ndim != 2 or len(value) != len(images):
+                got = tuple(value.shape)
+            elif not (finite := torch.isfinite(value).all(dim=1)).all():
+                got = f"NaN or infinity for {(~finite).sum()} of {len(images)} images"
+            else:
+                continue
+            raise ValueError(
+                f"The feature network {self.name!r} must return finite {name} of shape ({len(images)}, F), got {got}."
+            )
         return NetworkOutput(*(None if value is None else value.float().cpu() for value in output))
 
 
@@ -392,7 +435,8 @@ def load_feature_network(
 
     Args:
         source (`str`): `"inception"`; the folder of an [`ImageClassifierModel`]; or a TorchScript file (`.pt`, `.ts`)
-            of a module from uint8 images to features. Load TorchScript from people you trust: it is a program.
+            of a module from uint8 images to features, whose digest is that of the file. Load TorchScript from people
+            you trust: it is a program.
         protocol (`str`, defaults to `"torch-fidelity"`): Whose resizing Inception has.
         inception_weights (`str` or `Path`, *optional*): See [`InceptionFeatures`].
         device (`torch.device` or `str`, defaults to `"cpu"`): Where it runs.
@@ -414,10 +458,11 @@ def load_feature_network(
         return FeatureNetwork(_UInt8Classifier(load_classifier(path)), "classifier", device)
     if path.suffix in (".pt", ".ts") and path.is_file():
         try:
-            return FeatureNetwork(torch.jit.load(path, map_location="cpu"), "torchscript", device)
+            network = torch.jit.load(path, map_location="cpu")
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"`source` must be a TorchScript module, and {source} is not: {reason}") from error
+        return FeatureNetwork(network, "torchscript", device, file_sha256(path))
     raise ValueError(
         "`source` must be 'inception', the folder of a classifier, or a TorchScript file ending in .pt or .ts, got "
         f"{source!r}."
@@ -430,13 +475,9 @@ def reference_features(reference: ReferenceStatistics, network: FeatureNetwork, 
     Raises:
         `ValueError`: it holds neither.
     """
+    reference.check_num_features(allow_few_samples=True)
     if reference.features is not None:
         return reference.features
-    if reference.images is None:
-        raise ValueError(
-            "Precision and recall need `reference` to hold features or images of its own, and there are only moments "
-            "in it: examples/compute_statistics.py writes both."
-        )
     images = torch.from_numpy(reference.images).permute(0, 3, 1, 2)
     return torch.cat([network(batch).features for batch in images.split(batch_size)])
 

@@ -53,7 +53,11 @@ class RunningMoments:
         self.num_samples, self.mean, self.scatter = 0, None, None  # scatter: Σ (x - mean)(x - mean)ᵀ
 
     def update(self, features: Tensor) -> None:
-        """Add `(B, F)` features."""
+        """Add `(B, F)` features.
+
+        Raises:
+            `ValueError`: another F than before, or numbers that are not finite.
+        """
         features = check_features(features).cpu()
         mean = features.mean(dim=0)
         centered = features - mean
@@ -68,6 +72,8 @@ class RunningMoments:
         if self.num_samples == 0:
             self.num_samples, self.mean, self.scatter = num_samples, mean, scatter
             return
+        if mean.shape != self.mean.shape:  # one feature would be broadcast to many
+            raise ValueError(f"`features` must have {len(self.mean)} columns, as those before, got {len(mean)}.")
         total = self.num_samples + num_samples
         offset = mean - self.mean
         weight = self.num_samples * num_samples / total
@@ -346,7 +352,7 @@ class ReferenceStatistics:
         num_samples (`int`, *optional*), resolution (`int`, *optional*), protocol (`str`, *optional*), network (`str`,
             *optional*): Images, their size in pixels, and the names of the protocol and of the feature network; `None`
             where a file of others does not say.
-        network_sha256 (`str`, *optional*): Digest of the network's weights.
+        network_sha256 (`str`, *optional*): Digest of the network's weights, or of its TorchScript file.
         features (`torch.Tensor` of shape `(n, F)`, *optional*): Features of some images, for precision and recall.
         images (`np.ndarray` of shape `(n, H, W, 3)`, uint8, *optional*): The images themselves (ADM's format).
         mean_spatial, covariance_spatial (*optional*): Moments of the spatial features of sFID (ADM's format).
@@ -422,32 +428,62 @@ class ReferenceStatistics:
                 record["resolution"] = arrays["arr_0"].shape[1]
         return cls(**loaded, **{name: record.get(name) for name in cls.RECORD})
 
+    @property
+    def num_features(self) -> int:
+        """Real images that precision and recall can be computed from: of `features`, or else of `images`."""
+        samples = self.features if self.features is not None else self.images
+        return 0 if samples is None else len(samples)
+
+    def check_num_features(self, allow_few_samples: bool = False) -> None:
+        """Refuse precision and recall on too few real images.
+
+        Raises:
+            `ValueError`: neither features nor images, or fewer than `MIN_SAMPLES` unless `allow_few_samples`.
+        """
+        if self.num_features == 0:
+            raise ValueError(
+                "Precision and recall need `reference` to hold features or images of its own, and there are only "
+                "moments in it: examples/compute_statistics.py writes both."
+            )
+        check_num_samples(self.num_features, allow_few_samples, "reference.features")
+
     def check_comparable(
-        self, resolution: int, protocol: str, network: str, network_sha256: str | None = None, trust: bool = False
+        self,
+        resolution: int | tuple[int, int] | None,
+        protocol: str,
+        network: str,
+        network_sha256: str | None = None,
+        trust: bool = False,
     ) -> None:
         """Refuse to compare images of another resolution, protocol or network with these statistics.
 
         Args:
-            resolution, protocol, network, network_sha256: Of the images to be compared.
+            resolution (`int` or `tuple[int, int]`, *optional*): Of the images to be compared, or their height and
+                width; `None` where they are still to come.
+            protocol, network, network_sha256: Of the images to be compared.
             trust (`bool`): Take what the file does not say for equal. What it does say must agree all the same.
 
         Raises:
             `ValueError`: they differ, or are not known and not trusted.
         """
+        if isinstance(resolution, tuple):
+            height, width = resolution
+            resolution = height if height == width else f"{height}×{width}"
         given = {"resolution": resolution, "protocol": protocol, "network": network}
         for name, value in given.items():
             own = getattr(self, name)
             if own is None and not trust:
                 raise ValueError(
-                    f"The reference statistics do not say their {name}, so nothing shows that they fit {value!r}: "
-                    "make them by examples/compute_statistics.py, or vouch for them (`trust=True`, --trust_reference)."
+                    f"The reference statistics do not say their {name}, so nothing shows that they fit "
+                    f"{'the images' if value is None else repr(value)}: make them by examples/compute_statistics.py, "
+                    "or vouch for them (`trust=True`, --trust_reference)."
                 )
-            if own is not None and own != value:
+            if None not in (own, value) and own != value:
                 raise ValueError(f"The reference statistics are of {name} {own!r}, and these images of {value!r}.")
         if None not in (self.network_sha256, network_sha256) and self.network_sha256 != network_sha256:
             raise ValueError(
-                f"The reference statistics are of {network!r} with other weights: sha256 {self.network_sha256[:12]}, "
-                f"and these images of {network_sha256[:12]}."
+                f"The reference statistics are of {network!r} with other weights or another program: sha256 "
+                f"{self.network_sha256[:12]}, and these images of {network_sha256[:12]}."
             )
 
     def describe(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ class InceptionScore(evaluate_modules.FeatureMetric):
 
     column = "logits"
 
-    def _compute(self, id, logits, allow_few_samples=False):
-        logits = self._gather(id, logits, allow_few_samples)
+    def _compute(self, id, height, width, logits, allow_few_samples):
+        logits = self._gather(id, height, width, logits, allow_few_samples)
         mean, std = inception_score(logits, **self.protocol.inception_score)
         return {"inception_score": mean, "inception_score_std": std}

@@ -24,8 +24,8 @@ class Reconstruction(evaluate_modules.FeatureMetric):
         super().__init__(*args, **kwargs)
 
     def _columns(self):
-        lists = {name: Sequence(Value("float32")) for name in ("features", "reference_features")}
-        return lists | {name: Value("float64") for name in ("psnr", "ssim", "lpips")}
+        columns = super()._columns() | {"reference_features": Sequence(Value("float32"))}
+        return columns | {name: Value("float64") for name in ("psnr", "ssim", "lpips")}
 
     def _rows(self, predictions, references):
         if references is None:
@@ -43,8 +43,8 @@ class Reconstruction(evaluate_modules.FeatureMetric):
         rows["reference_features"] = super()._rows(originals, None)["features"]
         return rows
 
-    def _compute(self, id, features, reference_features, psnr, ssim, lpips, allow_few_samples=False):
-        features = self._gather(id, features, allow_few_samples)
+    def _compute(self, id, height, width, features, reference_features, psnr, ssim, lpips, allow_few_samples):
+        features = self._gather(id, height, width, features, allow_few_samples)
         originals = torch.tensor(np.asarray(reference_features, dtype=np.float32))
         check_num_samples(len(originals), allow_few_samples, "references")
         results = {"rfid": frechet_distance(*moments(originals), *moments(features))}
