@@ -157,6 +157,12 @@ def test_what_is_cropped_is_the_center():
     assert torch.equal(decode_image(image.transpose(Image.Transpose.TRANSPOSE), 8), blue)
 
 
+def test_sixteen_bits_are_scaled_not_clipped():
+    levels = torch.arange(64, dtype=torch.uint8).view(8, 8)
+    image = Image.fromarray(levels.numpy().astype("uint16") * 257)
+    assert torch.equal(decode_image(image, 8), levels.expand(3, 8, 8))
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_decoding_as_needed_gives_what_decoding_ahead_gives_and_draws_nothing(problem, num_workers):
     dataset = load_split("train", dataset_name=str(problem / "data"))

@@ -32,8 +32,8 @@ from rq_draft_revise.features import (
     NetworkOutput,
     load_feature_network,
     reference_features,
-    to_rgb,
 )
+from rq_draft_revise.images import to_rgb
 from rq_draft_revise.metrics import (
     ReferenceStatistics,
     RunningMoments,

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .images import to_rgb
 from .interruption import ignore_stop_signals
 
 
@@ -314,7 +315,7 @@ def input_ids_of(
 
 
 def decode_image(image: Image.Image, resolution: int, crop: tuple[float, float] | None = None) -> torch.Tensor:
-    """PIL image to RGB uint8 `(3, resolution, resolution)`: shorter side resized (Lanczos), then a square cropped.
+    """PIL image to RGB uint8 `(3, resolution, resolution)`: [`to_rgb`], shorter side resized (Lanczos), square cropped.
 
     Everything stays uint8 until it is on the training device: a quarter of the memory and of the transfer.
 
@@ -322,7 +323,7 @@ def decode_image(image: Image.Image, resolution: int, crop: tuple[float, float] 
         crop (`tuple[float, float]`, *optional*): Where the square lies, from 0 (left, top) to 1 (right, bottom). By
             default in the center.
     """
-    image = image.convert("RGB")
+    image = to_rgb(image)
     if image.size != (resolution, resolution):
         scale = resolution / min(image.size)
         width, height = (max(resolution, round(side * scale)) for side in image.size)

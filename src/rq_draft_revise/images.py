@@ -159,3 +159,27 @@ def float32_weights(vae: RQVAEModel):
     finally:
         for module, name, weight in weights:
             module._parameters[name] = weight
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image in 8-bit RGB.
+
+    16-bit grayscale (modes `I` and `I;16`, levels in [0, 65535]) is scaled: PIL would clip it at 255, to white. Alpha
+    is dropped, as torch-fidelity does: what a transparent pixel hides becomes visible.
+
+    Raises:
+        `ValueError`: no image, mode `F`, or integers outside of [0, 65535].
+    """
+    if not isinstance(image, Image.Image):
+        got = "None: the image is missing" if image is None else type(image).__name__
+        raise ValueError(f"`image` must be a PIL image, got {got}.")
+    if image.mode == "F":
+        raise ValueError("`image` must have integer levels, got mode 'F', whose floats have no fixed range.")
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.int64)  # (H, W)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(
+                f"`image` of mode {image.mode!r} must have levels in [0, 65535], got {levels.min()} to {levels.max()}."
+            )
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # 257 = 65535 / 255, to nearest
+    return image.convert("RGB")

@@ -33,7 +33,8 @@ from datasets import Sequence as ListOf
 from PIL import Image
 from torch import Tensor
 
-from rq_draft_revise.features import FeatureNetwork, NetworkOutput, get_protocol, load_feature_network, to_rgb
+from rq_draft_revise.features import FeatureNetwork, NetworkOutput, get_protocol, load_feature_network
+from rq_draft_revise.images import to_rgb
 from rq_draft_revise.metrics import ReferenceStatistics, check_num_samples
 
 
@@ -66,7 +67,7 @@ def stack_images(images: Any, name: str = "predictions") -> Tensor:
     """PIL images, uint8 arrays `(H, W, 3)` or uint8 tensors `(3, H, W)`, or a batch of the latter; all of one size.
 
     Floats are refused: how they are rounded is the protocol's, see [`~features.Protocol.to_uint8`]. PIL images of
-    other modes become RGB by [`~features.to_rgb`]: alpha is dropped, 16 bits are scaled to 8.
+    other modes become RGB by [`~images.to_rgb`]: alpha is dropped, 16 bits are scaled to 8.
 
     Returns:
         uint8 `(B, 3, H, W)`.
