@@ -5,7 +5,8 @@
         --reference statistics/imagenet-256.npz --output_dir runs/imagenet-821m/evaluation
 
 Plain `python examples/evaluate.py ...` is the same on one process. (Several processes on CPUs take
-`ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/evaluate.py ...`.)
+`ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/evaluate.py ...`: `accelerate launch --cpu` starts one,
+whatever its --num_processes.)
 
 Image i is drawn from its class or caption by a generator of its own, seeded with (--seed, i), in a batch that is the
 same for any number of processes. What is known of a batch is written aside and renamed: a run that was killed is taken
@@ -18,6 +19,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import os
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,12 +36,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from rq_draft_revise import RQVAEModel
-from rq_draft_revise.data import load_split
+from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline, RQVAEModel
+from rq_draft_revise.data import UNREADABLE, input_ids_of, is_empty, load_split, local_state
 from rq_draft_revise.features import CLIPEmbeddings, get_protocol, reference_features, weights_sha256
 from rq_draft_revise.images import decode_codes, encode_pixels
 from rq_draft_revise.metrics import (
     ReferenceStatistics,
+    check_features,
     check_num_samples,
     clip_score,
     frechet_distance,
@@ -67,6 +70,7 @@ from rq_draft_revise.waiting import main_process_first, wait_for_everyone
 GENERATION_METRICS = ("fid", "inception_score", "precision_recall", "clip_score")
 RECONSTRUCTION_METRICS = ("rfid", "psnr", "ssim", "lpips")
 NEIGHBOR = 3  # k of precision and recall
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 SAMPLER_ARGUMENTS = ("num_inference_steps", "num_revise_steps", "num_revisions", "guidance_scale", "temperature",
                      "draft_guidance_scale", "draft_temperature", "selection", "top_k", "top_p")  # fmt: skip
 
@@ -84,10 +88,10 @@ def parse_args(argv=None):
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--batch_size", type=int, default=100, help="Images sampled together by one process.")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
-                       help="float32 gives the same images with any number of processes and batch size.")  # fmt: skip
+                       help="float32 gives the same codes with any batch size, on the CPU.")  # fmt: skip
 
     group = parser.add_argument_group("captions, or images to reconstruct")
-    group.add_argument("--captions", help="Text file, one caption a line.")
+    group.add_argument("--captions", help="Text file in UTF-8, one caption a line; none may be blank.")
     group.add_argument("--dataset_name", help="Hub id, or a local folder that `datasets.load_dataset` reads.")
     group.add_argument("--train_data_dir", help="Folder of images to reconstruct.")
     group.add_argument("--data_files", nargs="+", help="Files of the split (parquet, csv, json, tar).")
@@ -154,17 +158,27 @@ def parse_args(argv=None):
 
 
 def read_captions(args) -> list[str]:
+    """Of a file or a data set. One that is blank or no text is refused: left out, it would move all after it."""
     if args.captions is not None:
-        captions = [line.strip() for line in Path(args.captions).read_text(encoding="utf-8").splitlines()]
-        captions = [caption for caption in captions if caption]
+        try:
+            text = Path(args.captions).read_text(encoding="utf-8-sig")  # a byte order mark is no part of a caption
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--captions must be a text file in UTF-8, got {args.captions}: {error}.") from error
+        # Not `splitlines`, which also ends a line at U+0085 or U+2028.
+        captions = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
+        flag, place, first = "--captions", f"line {{}} of {args.captions}", 1
     elif args.dataset_name is None and args.data_files is None:
         raise ValueError("This pipeline draws captions: give them by --captions, --dataset_name or --data_files.")
     else:
         source = {"dataset_name": args.dataset_name, "data_files": args.data_files, "train_split": args.split}
         rows = load_split(args.split, image_column=None, caption_column=args.caption_column, **source)
         captions = list(rows[args.caption_column])
+        flag, place, first = "--caption_column", f"row {{}} of {args.dataset_name or args.data_files}", 0
     if not captions:
         raise ValueError(f"There is no caption in {args.captions or args.dataset_name or args.data_files}.")
+    for number, caption in enumerate(captions, start=first):
+        if not isinstance(caption, str) or is_empty(caption):
+            raise ValueError(f"{flag} must hold texts that are not blank, got {caption!r} in {place.format(number)}.")
     return captions
 
 
@@ -197,6 +211,11 @@ class Sampling:
 
     def __init__(self, args, device):
         kind = pipeline_class_of(args.pipeline)
+        if kind not in (DraftAndRevisePipeline, RQTransformerPipeline):
+            raise ValueError(
+                f"--pipeline must be one that needs no image, a {DraftAndRevisePipeline.__name__} or "
+                f"{RQTransformerPipeline.__name__}, got a {kind.__name__} in {args.pipeline}."
+            )
         self.pipe = kind.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype)).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         transformer = self.pipe.transformer
@@ -228,18 +247,27 @@ class Sampling:
             counts[condition] = counts.get(condition, 0) + 1
         images_each = sorted(set(counts.values()))
         scheduler = getattr(self.pipe, "scheduler", None)
+        models = {name: getattr(self.pipe, name) for name in ("vae", "transformer")}
         return {
             "pipeline_class": type(self.pipe).__name__,
-            "weights_sha256": {name: weights_sha256(getattr(self.pipe, name)) for name in ("vae", "transformer")},
+            "weights_sha256": {name: weights_sha256(model) for name, model in models.items()},
+            "config_sha256": {name: config_sha256(model) for name, model in models.items()},
             "sampler": self.sampler,
             "scheduler_config": None if scheduler is None else public(scheduler.config),
             "condition": self.condition,
             "num_conditions": len(counts),
             "images_per_condition": images_each[0] if len(images_each) == 1 else images_each,
             "conditions_sha256": hashlib.sha256(json.dumps(self.conditions).encode()).hexdigest(),
+            **({"input_ids_sha256": self.input_ids_sha256()} if self.condition == "prompt" else {}),
             "seed": self.seed,
             "seed_of_image_i": "high, low = SeedSequence([seed, i]).generate_state(2); (high >> 1) << 32 | low",
         }
+
+    def input_ids_sha256(self) -> str:
+        """Of all captions: what the transformer sees of the tokenizer, whose files say it in many ways."""
+        captions, config = list(dict.fromkeys(self.conditions)), self.pipe.transformer.config
+        ids = input_ids_of(captions, self.pipe.tokenizer, config.max_text_length, config.text_vocab_size)
+        return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
     def make(self, indices: range) -> torch.Tensor:
         """The images of these indices, uint8 `(B, 3, H, W)`."""
@@ -264,6 +292,11 @@ class Reconstruction:
         self.originals = load_images(args)
         self.source = {name: getattr(args, name) for name in
                        ("dataset_name", "train_data_dir", "data_files", "split", "image_column")}  # fmt: skip
+        folder = args.dataset_name or args.train_data_dir
+        # Of the Hub's files, what `datasets` knows their revision by.
+        self.fingerprint = (
+            local_state(args.data_files if folder is None else [folder]) or self.originals.dataset._fingerprint
+        )
         self.num_images = args.num_images or len(self.originals)
         if self.num_images > len(self.originals):
             raise ValueError(f"--num_images must be at most {len(self.originals):,}, the images of the data set, got "
@@ -274,8 +307,10 @@ class Reconstruction:
         """All that the reconstructions depend on; of the data set where it is, and of its pixels a digest later."""
         return {
             "originals": self.source,
+            "originals_fingerprint": self.fingerprint,
             "pipeline_class": type(self.vae).__name__,
             "weights_sha256": {"vae": weights_sha256(self.vae)},
+            "config_sha256": {"vae": config_sha256(self.vae)},
             "codes": {name: self.vae.config[name] for name in ("code_depth", "codebook_size")},
         }
 
@@ -293,6 +328,11 @@ class Reconstruction:
 # ------------------------------------------------------------------------------------------- what is known of a batch
 
 
+def config_sha256(model) -> str:
+    """Digest of a model's configuration: the same weights have other heads by it."""
+    return hashlib.sha256(json.dumps(public(model.config), sort_keys=True).encode()).hexdigest()
+
+
 def image_path(output_dir: Path, index: int) -> Path:
     return output_dir / "images" / f"{index:06d}.png"
 
@@ -305,12 +345,37 @@ def save_images(output_dir: Path, indices: range, images: torch.Tensor) -> None:
         aside.replace(path)
 
 
-def load_saved_images(output_dir: Path, indices: range) -> torch.Tensor | None:
-    """The images of a batch, uint8 `(B, 3, H, W)`, or None unless all are there."""
-    paths = [image_path(output_dir, index) for index in indices]
-    if not all(path.is_file() for path in paths):
+def has_image(path: Path) -> bool:
+    """Whether there is a PNG that ends as one: a look at twelve bytes, before all images are read."""
+    if not path.is_file() or path.stat().st_size < len(PNG_END):
+        return False
+    with path.open("rb") as file:
+        file.seek(-len(PNG_END), os.SEEK_END)
+        return file.read() == PNG_END
+
+
+def load_saved_images(output_dir: Path, indices: range, resolution: int) -> torch.Tensor | None:
+    """The images of a batch, uint8 `(B, 3, H, W)`, or None unless all are there and can be read.
+
+    Raises:
+        `ValueError`: one of another size or mode, which this script has not written.
+    """
+    paths, images = [image_path(output_dir, index) for index in indices], []
+    if not all(map(has_image, paths)):
         return None
-    return torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in paths])
+    for path in paths:
+        try:
+            with Image.open(path, formats=["PNG"]) as image:
+                image.load()
+        except UNREADABLE:
+            return None
+        if image.mode != "RGB" or image.size != (resolution, resolution):
+            raise ValueError(
+                f"{path} must be an RGB image of {resolution}×{resolution} pixels, as this run makes them, got "
+                f"{image.mode} of {image.width}×{image.height}. Delete it, and it is made again."
+            )
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    return torch.stack(images)
 
 
 @dataclasses.dataclass
@@ -438,11 +503,15 @@ def score(
 
 def load_reference(args, work, networks: Networks) -> ReferenceStatistics | None:
     """The reference, or a `ValueError` where these images cannot be compared with it."""
-    if not args.allow_few_samples and set(args.metrics) & {"fid", "inception_score", "precision_recall", "rfid"}:
+
+    def check_enough(num_samples: int, name: str) -> None:
         try:
-            check_num_samples(work.num_images, name="num_images")
+            check_num_samples(num_samples, args.allow_few_samples, name)
         except ValueError as error:
             raise ValueError(f"{error} That is --allow_few_samples here.") from None
+
+    if set(args.metrics) & {"fid", "inception_score", "precision_recall", "rfid"}:
+        check_enough(work.num_images, "num_images")
     least = {"fid": 2, "rfid": 2, "precision_recall": 4, "inception_score": 10}  # what the formulas themselves need
     for metric in args.metrics:
         if work.num_images < least.get(metric, 1):
@@ -453,16 +522,26 @@ def load_reference(args, work, networks: Networks) -> ReferenceStatistics | None
     network = networks.features
     reference.check_comparable(work.resolution, args.protocol, network.name, network.sha256, args.trust_reference)
     if "fid" in args.metrics and reference.num_samples is not None:
-        check_num_samples(reference.num_samples, args.allow_few_samples, "reference")
+        check_enough(reference.num_samples, "reference")
     dim = network(torch.zeros(1, 3, work.resolution, work.resolution, dtype=torch.uint8)).features.shape[1]
     if len(reference.mean) != dim:
         raise ValueError(f"--reference has {len(reference.mean)} features, and --features {args.features} {dim}.")
+    used = {"mu": reference.mean, "sigma": reference.covariance} if "fid" in args.metrics else {}
+    for name, values in used.items():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"--reference must be finite, got NaN or infinity in `{name}` of {args.reference}.")
     if "precision_recall" in args.metrics:
         real = reference.features if reference.features is not None else reference.images
         if real is None or len(real) < least["precision_recall"]:
             raise ValueError(
                 f"--reference must hold features, or images, of at least {least['precision_recall']} real images for "
                 f"precision_recall, got {0 if real is None else len(real)}."
+            )
+        check_enough(len(real), "reference.images" if reference.features is None else "reference.features")
+        if reference.features is not None and check_features(real, "reference.features").shape[1] != dim:
+            raise ValueError(
+                f"--reference must hold features of {dim} numbers, those of --features {args.features}, got shape "
+                f"{tuple(real.shape)}."
             )
     return reference
 
@@ -499,11 +578,20 @@ def main(args):
             "round_to_nearest": work.protocol.round_to_nearest,
             **work.record(),
         }
-        batches_dir.mkdir(parents=True, exist_ok=True)
-        check_same_run(output_dir, drawn)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        check_no_strangers(output_dir)
+        # Earlier versions did not record the configurations, which hardly change without the weights.
+        check_same_run(output_dir, drawn, may_lack=["config_sha256"])
+        batches_dir.mkdir(exist_ok=True)
         if args.save_images:
             (output_dir / "images").mkdir(exist_ok=True)
-        pending = [[k for k in range(len(batches)) if not batch_path(batches_dir, k).is_file()]]
+
+        def is_done(k: int) -> bool:
+            """Measured; and with --save_images saved, or it is made and measured again."""
+            images = (image_path(output_dir, index) for index in batches[k])
+            return batch_path(batches_dir, k).is_file() and (not args.save_images or all(map(has_image, images)))
+
+        pending = [[k for k in range(len(batches)) if not is_done(k)]]
     if accelerator.num_processes > 1:
         broadcast_object_list(pending)
     own = pending[0][accelerator.process_index :: accelerator.num_processes]
@@ -512,7 +600,7 @@ def main(args):
     num_made = 0
     for k in tqdm(own, disable=not accelerator.is_main_process, unit="batch"):
         indices, seconds = batches[k], None
-        images = load_saved_images(output_dir, indices)
+        images = load_saved_images(output_dir, indices, work.resolution)
         if images is None:
             begun = time.monotonic()
             images = work.make(indices)  # waits for the device: the images come back to the host
@@ -524,6 +612,8 @@ def main(args):
         path = batch_path(batches_dir, k)
         aside = path.with_name(f".{path.name}.partial")
         record = {"seconds": seconds, "num_processes": accelerator.num_processes, "hardware": hardware(device)}
+        if seconds is None:
+            record = record_of_sampling(output_dir, k, measured["digest"]) or record
         save_file({name: t.contiguous() for name, t in measured.items()}, aside, {"record": json.dumps(record)})
         aside.replace(path)
     wait_for_everyone(accelerator)
@@ -536,7 +626,7 @@ def main(args):
             raise RuntimeError(f"{batches_dir} does not hold each of the {work.num_images} images once.")
         scores, settings = score(args, measured, reference, networks, device)
         timed = [(r["seconds"], len(batches[k])) for k, r in enumerate(records) if r["seconds"] is not None]
-        sampling_seconds = sum(seconds for seconds, _ in timed)
+        sampling_seconds, timed_images = (sum(column) for column in zip(*timed)) if timed else (None, 0)
         results = {
             "metrics": {name: value if np.isfinite(value) else str(value) for name, value in scores.items()},
             "pipeline": args.pipeline,
@@ -551,10 +641,10 @@ def main(args):
                 },
             },
             "seconds": {
-                # Over all processes, and over all runs of a resumed one.
-                "sampling": round(sampling_seconds, 3),
-                "sampling_per_image": round(sampling_seconds / max(1, sum(n for _, n in timed)), 6),
-                "timed_images": sum(n for _, n in timed),
+                # Over all processes, and over all runs of a resumed one; null where nothing is known of it.
+                "sampling": None if sampling_seconds is None else round(sampling_seconds, 3),
+                "sampling_per_image": None if sampling_seconds is None else round(sampling_seconds / timed_images, 6),
+                "timed_images": timed_images,
                 "images_made_in_this_run": num_made,
                 "this_run": round(time.monotonic() - started, 3),
             },
@@ -572,8 +662,32 @@ def main(args):
     accelerator.end_training()
 
 
+def check_no_strangers(output_dir: Path) -> None:
+    """Refuse images and batches of which no run.json says what they are: they would be scored as the pipeline's."""
+    if not (output_dir / "run.json").is_file():
+        found = min([*output_dir.glob("images/*"), *output_dir.glob("batches-*/*")], default=None)
+        if found is not None:
+            raise ValueError(
+                f"--output_dir {output_dir} must have a run.json, which says of which run its images are, got {found} "
+                "without one. Give another folder, or delete this one."
+            )
+
+
 def batch_path(batches_dir: Path, k: int) -> Path:
     return batches_dir / f"{k:06d}.safetensors"
+
+
+def record_of_sampling(output_dir: Path, k: int, digest: torch.Tensor) -> dict[str, Any] | None:
+    """The record of the batch whose images, of digests `(B,)`, were sampled, and not only scored by other networks."""
+    for path in sorted(output_dir.glob(f"batches-*/{k:06d}.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                record = json.loads(file.metadata()["record"])
+                if record["seconds"] is not None and torch.equal(file.get_tensor("digest"), digest):
+                    return record
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError):  # told to the run that needs it
+            continue
+    return None
 
 
 def read_batches(batches_dir: Path, num_batches: int) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from emoji_evaluation import SceneClassifier
 from PIL import Image
 from safetensors.torch import save_file
 
-from rq_draft_revise import DraftAndRevisePipeline, RQVAEModel
+from rq_draft_revise import DraftAndReviseInpaintPipeline, DraftAndRevisePipeline, RQVAEModel
 from rq_draft_revise.features import ImageClassifierModel, load_feature_network
 from rq_draft_revise.metrics import (
     ReferenceStatistics,
@@ -60,16 +61,20 @@ def tiny_classifier(size: int) -> ImageClassifierModel:
 
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory) -> Path:
-    """Pipelines `class`, `text`, `none`, `rq`; a `classifier` of 8×8 pixels; `train.parquet`, its `reference.npz`."""
+    """Pipelines `class`, `text`, `none`, `rq`, `inpaint`; a `classifier` of 8×8 pixels; `train.parquet`.
+
+    Its statistics are `reference.npz`.
+    """
     folder = tmp_path_factory.mktemp("problem")
     tiny_pipeline("class").save_pretrained(folder / "class")
     tiny_pipeline("text").save_pretrained(folder / "text")
     tiny_pipeline(None).save_pretrained(folder / "none")
     tiny_rq_pipeline("class").save_pretrained(folder / "rq")
+    DraftAndReviseInpaintPipeline.from_pretrained(folder / "class").save_pretrained(folder / "inpaint")
     tiny_classifier(8).save_pretrained(folder / "classifier")
     (folder / "foreign").mkdir()
     (folder / "foreign" / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
-    (folder / "captions.txt").write_text("a cat at dusk\nan owl\n\nthe volcano in the snow\na rocket at night\n")
+    (folder / "captions.txt").write_text("a cat at dusk\nan owl\nthe volcano in the snow\na rocket at night\n")
 
     random = np.random.default_rng(0)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])})
@@ -176,7 +181,7 @@ def test_every_class_comes_exactly_as_often(problem, tmp_path):
 
 def test_captions_come_from_a_file_or_a_data_set(problem, tmp_path):
     flags = dict(pipeline=problem / "text", metrics=[], save_images=True)
-    captions = [line for line in (problem / "captions.txt").read_text().splitlines() if line]
+    captions = (problem / "captions.txt").read_text().splitlines()
     datasets.Dataset.from_dict({"text": captions}).to_parquet(tmp_path / "captions.parquet")
     by_file = evaluate(problem, tmp_path / "file", captions=problem / "captions.txt", num_images=None, **flags)
     by_rows = evaluate(problem, tmp_path / "rows", data_files=tmp_path / "captions.parquet", num_images=None, **flags)
@@ -189,6 +194,38 @@ def test_captions_come_from_a_file_or_a_data_set(problem, tmp_path):
         evaluate(problem, tmp_path / "six", captions=problem / "captions.txt", num_images=6, **flags)
     with pytest.raises(ValueError, match="give them by --captions"):
         evaluate(problem, tmp_path / "nothing", **flags)
+
+
+def test_a_caption_is_what_stands_between_two_newlines(problem, tmp_path):
+    text = "an owl\x85at night\u2028in the snow\na cat\n"
+    for name, encoded in (
+        ("plain", text.encode()),
+        ("mark", text.encode("utf-8-sig")),
+        ("windows", text.replace("\n", "\r\n").encode()),
+        ("no newline at the end", text.removesuffix("\n").encode()),
+    ):
+        (tmp_path / "captions.txt").write_bytes(encoded)
+        args = script.parse_args(evaluation_flags(problem, tmp_path, captions=tmp_path / "captions.txt"))
+        assert script.read_captions(args) == ["an owl\x85at night\u2028in the snow", "a cat"], name
+
+
+@pytest.mark.parametrize("bad", ["", " \t", None, 7, ["an owl"]])
+def test_a_caption_that_is_blank_or_no_text_is_refused_at_the_start_by_its_row(problem, tmp_path, made, bad):
+    flags = dict(pipeline=problem / "text", metrics=[], save_images=True, num_images=None, batch_size=2)
+    if isinstance(bad, str):
+        (tmp_path / "captions.txt").write_text(f"a cat\nan owl\n{bad}\nthe volcano\n")
+        with pytest.raises(ValueError, match="--captions must hold texts that are not blank, got '' in line 3 of"):
+            evaluate(problem, tmp_path / "file", captions=tmp_path / "captions.txt", **flags)
+    good = {int: 5, list: ["a cat"]}.get(type(bad), "a cat")
+    datasets.Dataset.from_dict({"text": ["a cat" if good == "a cat" else good] * 3 + [bad]}).to_parquet(
+        tmp_path / "captions.parquet"
+    )
+    row = 3 if good == "a cat" else 0
+    with pytest.raises(
+        ValueError, match=f"--caption_column must hold texts that are not blank, got .* in row {row} of"
+    ):
+        evaluate(problem, tmp_path / "rows", data_files=tmp_path / "captions.parquet", **flags)
+    assert made == [] and not list(tmp_path.glob("*/run.json"))
 
 
 @pytest.mark.parametrize("pipeline", ["none", "rq"])
@@ -234,6 +271,8 @@ def test_the_results_say_what_the_figures_depend_on(problem, tmp_path):
     assert results["scored"]["network_sha256"] == results["scored"]["reference"]["network_sha256"]
     assert {"torch", "diffusers", "rq_draft_revise", "python"} <= set(results["versions"])
     assert results["hardware"][0]["device"] == "cpu" and results["num_processes"] == [1]
+    assert {"processor", "cpu_model", "num_cores", "num_gpus", "num_threads"} <= set(results["hardware"][0])
+    assert {"tokenizers", "torchvision"} <= set(results["versions"])
     assert results["seconds"]["sampling"] > 0 and results["seconds"]["timed_images"] == NUM_IMAGES
     assert results["arguments"]["guidance_scale"] == 1.5
 
@@ -320,6 +359,89 @@ def test_saved_images_are_scored_anew_without_sampling(problem, tmp_path, made):
     assert first["drawn"] == second["drawn"]
 
 
+def test_the_time_of_sampling_stays_that_of_the_run_that_sampled(problem, tmp_path):
+    names = ("sampling", "sampling_per_image", "timed_images")
+    first = evaluate(problem, tmp_path, save_images=True, metrics=[])["seconds"]
+    (unscored,) = tmp_path.glob("batches-*")
+    second = evaluate(problem, tmp_path)["seconds"]
+    assert [first[name] for name in names] == [second[name] for name in names]
+    assert second["timed_images"] == NUM_IMAGES and second["images_made_in_this_run"] == 0
+    # Nothing is known of the time once the batches are gone: that is null, and not no time at all.
+    shutil.rmtree(unscored)
+    for path in tmp_path.glob("batches-*/*"):
+        path.unlink()
+    assert [evaluate(problem, tmp_path)["seconds"][name] for name in names] == [None, None, 0]
+
+
+def test_a_finished_run_can_still_be_asked_for_its_images(problem, tmp_path, made):
+    evaluate(problem, tmp_path / "saved", save_images=True)
+    expected = saved_images(tmp_path / "saved")
+    first = evaluate(problem, tmp_path / "run")
+    assert not (tmp_path / "run" / "images").exists()
+    second = evaluate(problem, tmp_path / "run", save_images=True)
+    assert torch.equal(saved_images(tmp_path / "run"), expected)
+    assert first["metrics"] == second["metrics"] and first["drawn"] == second["drawn"]
+    made.clear()
+    (tmp_path / "run" / "images" / "000007.png").unlink()
+    evaluate(problem, tmp_path / "run", save_images=True)
+    assert made == list(range(6, 12)) and torch.equal(saved_images(tmp_path / "run"), expected)
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "middle", "jpeg"])
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_damaged_image_is_made_again(problem, tmp_path, made, damage, scored):
+    whole = evaluate(problem, tmp_path, save_images=True, metrics=["fid"] if scored else [])
+    expected = saved_images(tmp_path)
+    path = tmp_path / "images" / "000013.png"
+    content = path.read_bytes()
+    if damage == "jpeg":
+        Image.open(path).save(path, format="JPEG")
+    else:
+        middle = len(content) // 2
+        broken = content[: middle - 8] + bytes(16) + content[middle + 8 :]
+        path.write_bytes({"empty": b"", "half": content[:middle], "middle": broken}[damage])
+    made.clear()
+    again = evaluate(problem, tmp_path, save_images=True, metrics=["fid"])
+    assert again["drawn"] == whole["drawn"]
+    if scored and damage == "middle":  # of a batch that is finished only the ends are looked at
+        assert made == []
+    else:
+        assert made == list(range(12, 18)) and torch.equal(saved_images(tmp_path), expected)
+
+
+def test_a_saved_image_of_another_size_or_mode_is_refused_by_name(problem, tmp_path):
+    evaluate(problem, tmp_path, save_images=True, metrics=[])
+    path = tmp_path / "images" / "000013.png"
+    for mode, size in (("RGB", (9, 8)), ("RGBA", (8, 8)), ("L", (8, 8))):
+        Image.new(mode, size).save(path)
+        message = f"000013.png must be an RGB image of 8×8 pixels.*got {mode} of {size[0]}×8"
+        with pytest.raises(ValueError, match=message):
+            evaluate(problem, tmp_path)
+
+
+@pytest.mark.parametrize("left", ["images", "batches"])
+def test_images_of_which_no_record_says_what_they_are_are_refused(problem, tmp_path, made, left):
+    evaluate(problem, tmp_path / "run", save_images=left == "images")
+    made.clear()
+    (tmp_path / "run" / "run.json").unlink()
+    if left == "images":
+        (batches,) = (tmp_path / "run").glob("batches-*")
+        shutil.rmtree(batches)
+    with pytest.raises(ValueError, match="must have a run.json.*000000"):
+        evaluate(problem, tmp_path / "run")
+    assert made == [] and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_half_a_record_is_named_and_not_written_over(problem, tmp_path):
+    evaluate(problem, tmp_path, metrics=["fid"])
+    path = tmp_path / "run.json"
+    for content in (path.read_text()[:100], "", "[1, 2]"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="run.json must be the record of a run, and is damaged.*another folder"):
+            evaluate(problem, tmp_path, metrics=["fid"])
+        assert path.read_text() == content
+
+
 @pytest.mark.parametrize("flags", [dict(seed=1), dict(num_revisions=0), dict(batch_size=5), dict(pipeline="rq")])
 def test_the_folder_of_another_run_is_refused(problem, tmp_path, made, flags):
     evaluate(problem, tmp_path)
@@ -330,6 +452,65 @@ def test_the_folder_of_another_run_is_refused(problem, tmp_path, made, flags):
     with pytest.raises(ValueError, match="holds images of another run"):
         evaluate(problem, tmp_path, **flags)
     assert made == [] and (tmp_path / "results.json").read_text() == before
+
+
+def test_another_tokenizer_or_configuration_with_the_same_weights_is_another_run(problem, tmp_path, made):
+    flags = dict(captions=problem / "captions.txt", num_images=None, metrics=[], save_images=True)
+    pipe = DraftAndRevisePipeline.from_pretrained(problem / "text")
+    evaluate(problem, tmp_path / "run", pipeline=problem / "text", **flags)
+    made.clear()
+
+    tokenizer = json.loads(pipe.tokenizer.backend_tokenizer.to_str())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["cat"], vocabulary["owl"] = vocabulary["owl"], vocabulary["cat"]
+    shutil.copytree(problem / "text", tmp_path / "other")
+    (tmp_path / "other" / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="another run: its input_ids_sha256"):
+        evaluate(problem, tmp_path / "run", pipeline=tmp_path / "other", **flags)
+
+    shutil.copytree(problem / "text", tmp_path / "heads")
+    config = json.loads((problem / "text" / "transformer" / "config.json").read_text())
+    config |= {"num_attention_heads": 2, "attention_head_dim": 16}  # the same shapes
+    (tmp_path / "heads" / "transformer" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="another run: its config_sha256"):
+        evaluate(problem, tmp_path / "run", pipeline=tmp_path / "heads", **flags)
+    assert made == []
+
+
+def test_originals_that_were_rebuilt_are_not_mixed_with_those_before(problem, tmp_path):
+    shutil.copy(problem / "train.parquet", tmp_path / "train.parquet")
+    flags = dict(reconstruct=True, data_files=tmp_path / "train.parquet", split="train", reference=None)
+    flags |= dict(metrics=["psnr"], num_images=None)
+    evaluate(problem, tmp_path / "run", **flags)
+    next(iter((tmp_path / "run").glob("batches-*/000001.safetensors"))).unlink()
+    assert evaluate(problem, tmp_path / "run", **flags)["drawn"]["num_images"] == 30  # as nothing has changed
+    rows = datasets.load_dataset("parquet", data_files=str(problem / "train.parquet"), split="train")
+    rows.select(range(29, -1, -1)).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="another run: its originals_fingerprint"):
+        evaluate(problem, tmp_path / "run", **flags)
+
+
+def test_a_run_of_an_earlier_version_goes_on_where_its_record_suffices(problem, tmp_path, made):
+    def forget(output_dir: Path, *names: str) -> None:
+        path = output_dir / "run.json"
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({name: value for name, value in record.items() if name not in names}))
+
+    whole = evaluate(problem, tmp_path / "class")
+    forget(tmp_path / "class", "config_sha256")
+    made.clear()
+    assert evaluate(problem, tmp_path / "class")["metrics"] == whole["metrics"] and made == []
+
+    flags = dict(pipeline=problem / "text", captions=problem / "captions.txt", num_images=None, metrics=[])
+    evaluate(problem, tmp_path / "text", save_images=True, **flags)
+    forget(tmp_path / "text", "config_sha256", "input_ids_sha256")
+    with pytest.raises(ValueError, match="earlier version.*does not say their input_ids_sha256.*add ") as error:
+        evaluate(problem, tmp_path / "text", save_images=True, **flags)
+    # and what it says to do, does
+    path = tmp_path / "text" / "run.json"
+    told = json.loads("{" + str(error.value).rsplit(" add ", 1)[1].rsplit(" to ", 1)[0] + "}")
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    evaluate(problem, tmp_path / "text", save_images=True, **flags)
 
 
 def test_a_damaged_batch_is_one_clear_error_and_can_be_made_again(problem, tmp_path):
@@ -355,6 +536,7 @@ def test_a_damaged_batch_is_one_clear_error_and_can_be_made_again(problem, tmp_p
         (dict(features="other"), "other weights"),
         (dict(features="larger"), "8×8|16×16"),
         (dict(pipeline="classifier"), "model_index.json"),
+        (dict(pipeline="inpaint"), "needs no image.*got a DraftAndReviseInpaintPipeline in .*inpaint"),
         (dict(pipeline="foreign"), "`pipeline` must be one of .*RQTransformerPipeline.*got 'DDPMPipeline'"),
         (dict(metrics=["clip_score"], clip="nowhere"), "--clip"),
         (dict(metrics=["rfid"]), "--metrics must be among"),
@@ -385,6 +567,27 @@ def test_what_cannot_be_done_is_refused_before_anything_is_sampled(problem, tmp_
     with pytest.raises((ValueError, OSError), match=message):
         evaluate(problem, tmp_path / "run", **flags)
     assert made == [] and not (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize("metric", ["fid", "precision_recall"])
+def test_few_real_images_are_refused_like_few_samples(problem, tmp_path, made, metric):
+    name = {"fid": "reference", "precision_recall": "reference.features"}[metric]
+    flags = dict(metrics=[metric], num_images=10_000, allow_few_samples=False)
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 10,000.*got 30.*--allow_few_samples"):
+        evaluate(problem, tmp_path, **flags)
+    assert made == [] and not (tmp_path / "run.json").exists()
+
+
+@pytest.mark.parametrize("metric, name", [("fid", "mu"), ("fid", "sigma"), ("precision_recall", "features")])
+def test_a_reference_that_is_not_finite_is_refused_before_anything_is_sampled(problem, tmp_path, made, metric, name):
+    with np.load(problem / "reference.npz") as file:
+        arrays = dict(file)
+    arrays[name] = arrays[name].copy()
+    arrays[name].flat[0] = np.nan
+    np.savez(tmp_path / "nan.npz", **arrays)
+    with pytest.raises(ValueError, match=f"reference.* must be finite, got NaN or infinity|`{name}`.*finite"):
+        evaluate(problem, tmp_path / "run", metrics=[metric], reference=tmp_path / "nan.npz")
+    assert made == [] and not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -433,12 +636,13 @@ def test_statistics_of_nothing_are_refused(problem, tmp_path, flags, message):
 
 
 def test_a_damaged_real_image_is_an_error_and_not_left_out(problem, tmp_path):
-    rows = {"image": [{"bytes": b"no image", "path": None}] * 3}
     features = datasets.Features({"image": datasets.Image()})
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "damaged.parquet")
-    with pytest.raises(ValueError, match="Image 0 of the data set cannot be read"):
-        run_statistics(problem, tmp_path / "statistics.npz", data_files=tmp_path / "damaged.parquet")
-    assert not (tmp_path / "statistics.npz").exists()
+    for name, image in (("damaged", {"bytes": b"no image", "path": None}), ("missing", None)):
+        rows, path = {"image": [image] * 3}, tmp_path / f"{name}.parquet"
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+        with pytest.raises(ValueError, match="Image 0 of the data set cannot be read"):
+            run_statistics(problem, tmp_path / "statistics.npz", data_files=path)
+        assert not (tmp_path / "statistics.npz").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- processes

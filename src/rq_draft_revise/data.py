@@ -315,7 +315,7 @@ def input_ids_of(
 
 
 def decode_image(image: Image.Image, resolution: int, crop: tuple[float, float] | None = None) -> torch.Tensor:
-    """PIL image to RGB uint8 `(3, resolution, resolution)`: [`to_rgb`], shorter side resized (Lanczos), square cropped.
+    """PIL image to uint8 `(3, resolution, resolution)`: [`to_rgb`], shorter side resized (Lanczos), square cropped.
 
     Everything stays uint8 until it is on the training device: a quarter of the memory and of the transfer.
 

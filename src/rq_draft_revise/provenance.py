@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import torch
 
 
 LIBRARIES = (
-    "accelerate", "diffusers", "transformers", "datasets", "safetensors", "numpy", "pillow", "torch-fidelity", "lpips",
-    "rq_draft_revise",
+    "accelerate", "diffusers", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "pillow",
+    "torchvision", "torch-fidelity", "lpips", "rq_draft_revise",
 )  # fmt: skip
 
 
@@ -85,22 +86,60 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+@functools.cache
+def cpu_model() -> str:
+    """As the system calls it: "AMD EPYC 9654 96-Core Processor"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, names), None) or platform.processor() or platform.machine()
+
+
 def hardware(device: torch.device) -> dict[str, Any]:
     """What a time was measured on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": platform.processor() or platform.machine(),
+        "cpu_model": cpu_model(),
+        "num_cores": os.cpu_count(),  # logical ones of the machine, not those that this process may use
+        "num_gpus": torch.cuda.device_count(),
         "num_threads": torch.get_num_threads(),
     }
 
 
-def check_same_run(output_dir: Path, record: dict[str, Any]) -> None:
-    """Refuse to go on with the images of another run; write down what this one's depend on."""
+def check_same_run(output_dir: Path, record: dict[str, Any], may_lack: Sequence[str] = ()) -> None:
+    """Refuse to go on with the images of another run; write down what this one's depend on.
+
+    Args:
+        output_dir (`Path`): Its `run.json` is the record of the run that began it.
+        record (`dict`): All that the images depend on, as JSON has it.
+        may_lack (`Sequence[str]`): Names that a `run.json` of an earlier version may be without.
+
+    Raises:
+        `ValueError`: `run.json` is damaged, says otherwise, or lacks another name.
+    """
     path = output_dir / "run.json"
     record = json.loads(json.dumps(record))
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        different = [name for name in record.keys() | before.keys() if record.get(name) != before.get(name)]
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} must be the record of a run, and is damaged ({error}): nothing shows of which run the images "
+                f"in {output_dir} are. Give another folder, or delete this one."
+            ) from error
+        names = record.keys() | before.keys()
+        lacking = {name for name in record.keys() - before.keys() if record[name] is not None}
+        different = [name for name in names - lacking if record.get(name) != before.get(name)]
+        unknown = {name: record[name] for name in sorted(lacking - set(may_lack))}
+        if unknown and not different:
+            raise ValueError(
+                f"--output_dir {output_dir} holds images of an earlier version of this program, whose run.json does "
+                f"not say their {' and '.join(unknown)}. Give another folder, or delete this one; or, where you know "
+                f"that nothing was changed since, add {json.dumps(unknown)[1:-1]} to {path}."
+            )
         if different:
             name = sorted(different)[0]
             raise ValueError(
