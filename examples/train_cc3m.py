@@ -4,7 +4,7 @@
         --streaming --max_train_steps 400000 --output_dir runs/cc3m-654m
 
     accelerate launch examples/train_cc3m.py --pretrained_model_name_or_path pipelines/emoji-scenes \\
-        --vae runs/emoji-vae --dataset_name data/emoji-scenes --cache_codes --random_flip --train_batch_size 32 \\
+        --transformer_config pipelines/emoji-scenes/transformer --vae runs/emoji-vae --dataset_name data/emoji-scenes --cache_codes --random_flip --train_batch_size 32 \\
         --output_dir runs/emoji
 
     accelerate launch examples/train_cc3m.py --model autoregressive ...   # the baseline

@@ -3,8 +3,8 @@
     accelerate launch examples/train_imagenet.py --vae runs/imagenet-vae --output_dir runs/imagenet-821m
 
     accelerate launch examples/train_imagenet.py --pretrained_model_name_or_path pipelines/cifar10-32 \\
-        --vae runs/cifar10-vae --data_files train.parquet --validation_data_files test.parquet --cache_codes \\
-        --train_batch_size 64 --output_dir runs/cifar10
+        --transformer_config pipelines/cifar10-32/transformer --vae runs/cifar10-vae --data_files train.parquet \\
+        --validation_data_files test.parquet --cache_codes --train_batch_size 64 --output_dir runs/cifar10
 
     accelerate launch examples/train_imagenet.py --model autoregressive --vae runs/imagenet-vae   # the baseline
 
@@ -83,12 +83,12 @@ def parse_args(argv=None):
 def class_names(args, dataset, num_classes):
     """The names of the classes by number, for prompts in words: the data set's, or those of the flags' pipeline."""
     known = pipeline_config(args).get("id2label")
-    # The names of the data set go first where they fit: they are those of the labels that are being learned.
+    # The names of the data set go first, also where they are fewer: they are those of the labels that are learned.
     names = getattr((dataset.features or {}).get(args.label_column), "names", None)
-    if names is None or len(names) != num_classes:
+    if names is None:
         return known
-    # But for ImageNet's folders, n01440764 and so on: their order is that of the usual names.
-    if known and all(re.fullmatch(r"n\d{8}", name) for name in names):
+    # But for ImageNet's folders, n01440764 and so on: the order of all of them is that of the usual names.
+    if known and len(names) == num_classes and all(re.fullmatch(r"n\d{8}", name) for name in names):
         return known
     return dict(enumerate(names))
 

@@ -20,6 +20,7 @@ from .checkpoints import TrainingLog, load_checkpoint, save_checkpoint
 from .contextual_rq_transformer import ContextualRQTransformerModel
 from .data import SkippedRows
 from .divergence import NonFiniteGuard
+from .images import check_same_codebook
 from .interruption import StopSignal
 from .masks import random_mask
 from .model_card import model_card
@@ -145,9 +146,22 @@ def load_transformer(model: str, pipeline: str, transformer_config: str | None):
 
 
 def load_models(args, accelerator: Accelerator):
-    """The frozen RQ-VAE, on the device, and the transformer, with the codebook of that."""
+    """The frozen RQ-VAE, on the device, and the transformer, with the codebook of that.
+
+    Raises:
+        `ValueError`: the transformer was trained on the codes of another RQ-VAE.
+    """
     vae = load_vae(args.pretrained_model_name_or_path, args.vae)
     transformer = load_transformer(args.model, args.pretrained_model_name_or_path, args.transformer_config)
+    if transformer.codebook.any():  # zeros before training
+        try:
+            check_same_codebook(vae, transformer)
+        except ValueError as error:
+            place = f"{args.pretrained_model_name_or_path}/transformer"
+            raise ValueError(
+                f"The transformer of {place} was trained on the codes of another RQ-VAE than {args.vae or 'its own'}. "
+                f"`--transformer_config {place}` starts one like it from scratch."
+            ) from error
     vae.requires_grad_(False).eval().to(accelerator.device)
     transformer.set_codebook(vae.quantizer.codebook)
     return vae, transformer
@@ -246,17 +260,19 @@ class AveragedWeights(EMAModel):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As of the base class; each process keeps its shards."""
-        shards = self.shadow_params
+        """As of the base class, on the devices where the weights are now; each process keeps its shards."""
+        present = self.shadow_params
         super().load_state_dict(state_dict)
+        # accelerate reads checkpoints into the memory of the CPU
+        self.shadow_params = [loaded.to(before.device) for loaded, before in zip(self.shadow_params, present)]
         if self.is_sharded:
             from torch.distributed.tensor import distribute_tensor
 
             self.shadow_params = [
-                distribute_tensor(whole.to(shard.device), shard.device_mesh, shard.placements)
+                distribute_tensor(whole, shard.device_mesh, shard.placements)
                 if hasattr(shard, "full_tensor")
                 else whole
-                for whole, shard in zip(self.shadow_params, shards)
+                for whole, shard in zip(self.shadow_params, present)
             ]
 
 
