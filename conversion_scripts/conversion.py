@@ -75,16 +75,25 @@ def load_checkpoint(path: str | Path, ema: bool = False) -> tuple[dict[str, torc
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"`checkpoint_path` must be a checkpoint's file, got {str(path)!r}, which is none.")
+    damaged = None
     try:
+        # files from before torch 1.6 are no archives: they have no checksums and cannot be mapped
+        is_archive = zipfile.is_zipfile(path)
+        if is_archive:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch looks at no checksum of a file that it maps
         with torch.serialization.safe_globals(INERT_CLASSES):
-            # files from before torch 1.6 are no archives, and cannot be mapped
-            checkpoint = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", mmap=is_archive, weights_only=True)
     except Exception as error:  # what a foreign file raises is beyond listing
         said = next((line.strip() for line in str(error).splitlines() if "rror" in line), str(error)[:200])
         raise ValueError(
             f"{path} must be a complete PyTorch checkpoint of tensors and plain containers alone, but reading it ends "
             f"in {type(error).__name__}: {said}"
         ) from error
+    if damaged is not None:
+        raise ValueError(
+            f"{path} must be a complete PyTorch checkpoint, but the checksum of {damaged!r} in it is wrong."
+        )
     name = "state_dict_ema" if ema else "state_dict"
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), dict):
         found = list(checkpoint) if isinstance(checkpoint, dict) else type(checkpoint).__name__

@@ -129,10 +129,20 @@ def rq_transformer_component(config: dict) -> Component:
 
 
 def rqvae_codebook(rqvae_path: Path) -> torch.Tensor:
-    """The codebook `(num_codebooks, K + 1, dim)` of an RQ-VAE: its converted folder, or its checkpoint."""
+    """The codebook `(num_codebooks, K + 1, dim)` of an RQ-VAE: its converted folder, or its checkpoint.
+
+    Raises:
+        `ValueError`: it is neither, or its weights are not complete.
+    """
     if rqvae_path.is_dir():
         component_config(RQVAEModel, rqvae_path)
-        return load_folder(rqvae_path)["quantizer.codebook"]
+        weights = load_folder(rqvae_path)
+        if "quantizer.codebook" not in weights:
+            raise ValueError(
+                f"`rqvae_path` must be an RQ-VAE's folder with complete weights, got {str(rqvae_path)!r}, without "
+                "`quantizer.codebook`."
+            )
+        return weights["quantizer.codebook"]
     component = rqvae_component(derive_config(rqvae_config, rqvae_path.with_name("config.yaml")))
     state_dict, _ = load_checkpoint(rqvae_path)
     component.check(state_dict)

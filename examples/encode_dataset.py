@@ -103,14 +103,23 @@ def check_same_settings(path, settings):
 
 
 def parts_of(dataset, args):
-    """How many files a split becomes, and a function from a file's number to its rows and the first one's number."""
+    """How many files a split becomes, and a function from a file's number to its rows, the first one's number, and the
+    seed of their crops and codes.
+
+    The rows of a stream are counted from the beginning of each of its files, so each file has a seed of its own.
+    """
     if not isinstance(dataset, datasets.Dataset):
-        return dataset.num_shards, lambda k: (dataset.shard(dataset.num_shards, k), 0)
+
+        def streamed_part(k):
+            seed = int(np.random.default_rng([args.seed, k]).integers(2**62))
+            return dataset.shard(dataset.num_shards, k), 0, seed
+
+        return dataset.num_shards, streamed_part
     num_files = -(-len(dataset) // args.rows_per_file)
 
     def part(k):
         first = k * args.rows_per_file
-        return dataset.select(range(first, min(first + args.rows_per_file, len(dataset)))), first
+        return dataset.select(range(first, min(first + args.rows_per_file, len(dataset)))), first, args.seed
 
     return num_files, part
 
@@ -126,7 +135,7 @@ def chunks_of(part, first_row, image_column, size=1000):
         first_row += len(next(iter(rows.values())))
 
 
-def encode_part(args, part, first_row, vae, device, digest, skipped):
+def encode_part(args, part, first_row, seed, vae, device, digest, skipped):
     """The rows of one file: a `datasets.Dataset` of codes."""
     kept = [column for column in (args.caption_column, args.label_column) if column is not None]
     height = width = args.resolution // vae.spatial_scale_factor
@@ -147,7 +156,7 @@ def encode_part(args, part, first_row, vae, device, digest, skipped):
                 rows.append(row)
         for encoded, batch in encoded_rows(
             chunk, vae, args.image_column, args.resolution, rows, device, args.encoding_batch_size, args.num_draws,
-            args.random_flip, args.random_crop, args.tau, args.seed, first, args.dataloader_num_workers, skipped,
+            args.random_flip, args.random_crop, args.tau, seed, first, args.dataloader_num_workers, skipped,
         ):  # fmt: skip
             codes.append(batch.numpy())
             for column in kept:
@@ -176,7 +185,10 @@ def main(args):
     device = accelerator.device
     output_dir = Path(args.output_dir)
     vae = load_vae(args.pretrained_model_name_or_path, args.vae).requires_grad_(False).eval().to(device)
-    args.resolution = args.resolution or vae.config.sample_size
+    if args.resolution is None:
+        args.resolution = vae.config.sample_size
+    if args.resolution < 1 or args.resolution % vae.spatial_scale_factor:
+        raise ValueError(f"--resolution must be a multiple of {vae.spatial_scale_factor}, got {args.resolution}.")
     settings = settings_of(args, vae)
     check_same_settings(output_dir / ".encoding.json", settings)
     is_finished = (output_dir / "data").is_dir()

@@ -14,22 +14,32 @@ the second stage: codes at random masks, given the others and the caption. Into 
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict
 
 from rq_draft_revise import DraftAndRevisePipeline
 from rq_draft_revise.budget import learning_rate_at
 from rq_draft_revise.code_cache import encoded_rows
-from rq_draft_revise.data import SkippedRows, class_labels_of, input_ids_of, load_split, training_order, without_empty
+from rq_draft_revise.data import (
+    SkippedRows,
+    class_labels_of,
+    input_ids_of,
+    is_empty,
+    load_split,
+    training_order,
+    without_empty,
+)
+from rq_draft_revise.divergence import NonFiniteGuard
 from rq_draft_revise.masks import random_mask
 from rq_draft_revise.model_card import model_card
 from rq_draft_revise.publishing import create_repository, upload
+from rq_draft_revise.training import make_accelerator
 from rq_draft_revise.waiting import main_process_first
 
 
@@ -54,7 +64,7 @@ def parse_args(argv=None):
     group.add_argument("--image_column", default="image")
     group.add_argument("--caption_column", default="text")
     group.add_argument("--label_column", default="label", help="Of a class-conditional pipeline.")
-    group.add_argument("--instance_prompt", help="Caption of all images, in place of a column.")
+    group.add_argument("--instance_prompt", help="Caption of all images, in place of a column of captions.")
     group.add_argument("--random_flip", action="store_true", help="Mirror half of the images, chosen anew each epoch.")
 
     group = parser.add_argument_group("optimization")
@@ -69,30 +79,74 @@ def parse_args(argv=None):
     group.add_argument("--adam_weight_decay", type=float, default=1e-4)
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="0 does not clip.")
     group.add_argument("--condition_dropout", type=float, default=0.1, help="Share of captions dropped, for guidance.")
+    group.add_argument("--max_nonfinite_steps", type=int, default=10,
+                       help="Steps whose loss or gradient is not finite are left out; so many in a row end the "
+                       "run.")  # fmt: skip
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: as accelerate configured.")
     group.add_argument("--seed", type=int, default=0)
 
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", default="lora-weights")
     group.add_argument("--logging_steps", type=int, default=10)
-    group.add_argument("--validation_prompt", help="Drawn with the adapter at the end, into validation-*.png.")
+    group.add_argument("--validation_prompt",
+                       help="A text, or the name of a class, drawn with the adapter at the end into "
+                       "validation-*.png.")  # fmt: skip
     group.add_argument("--num_validation_images", type=int, default=4)
     group.add_argument("--push_to_hub", action="store_true")
     group.add_argument("--hub_model_id", help="Default: the name of --output_dir, in your namespace.")
     group.add_argument("--hub_token", help="Default: the one you are logged in with.")
     group.add_argument("--hub_private_repo", action="store_true")
 
+    parser.set_defaults(report_to=None)  # make_accelerator's: the log of a run so short is its file
     args = parser.parse_args(argv)
     if args.dataset_name is None and args.train_data_dir is None:
         raise ValueError("Give the images by --dataset_name or --train_data_dir, got neither.")
+    if args.dataset_name is not None and args.train_data_dir is not None:
+        raise ValueError(
+            f"Give the images by only one of --dataset_name and --train_data_dir, got {args.dataset_name!r} and "
+            f"{args.train_data_dir!r}."
+        )
+    for name in ("instance_prompt", "validation_prompt"):
+        if getattr(args, name) is not None and is_empty(getattr(args, name)):
+            raise ValueError(f"--{name} must be a text, got {getattr(args, name)!r}.")
     for name in ("rank", "lora_alpha", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
-                 "logging_steps", "num_validation_images"):  # fmt: skip
+                 "logging_steps", "num_validation_images", "max_nonfinite_steps"):  # fmt: skip
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     for name in ("condition_dropout", "lora_dropout"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"--{name} must lie in [0, 1), got {getattr(args, name)}.")
     return args
+
+
+def check_prompts(args, pipe) -> None:
+    """Refuse, before the training, a prompt that the pipeline cannot read.
+
+    Raises:
+        `ValueError`: `instance_prompt` for a pipeline without text, or a `validation_prompt` that is none of its
+        classes.
+    """
+    config, path = pipe.transformer.config, args.pretrained_model_name_or_path
+    if config.text_vocab_size is not None:
+        return
+    if args.instance_prompt is not None:
+        raise ValueError(
+            f"--instance_prompt must be left out for a pipeline without text, as {path} is one, got "
+            f"{args.instance_prompt!r}."
+        )
+    if args.validation_prompt is None:
+        return
+    if config.num_classes is None:
+        raise ValueError(
+            f"--validation_prompt must be left out for a pipeline without a condition, as {path} is one, got "
+            f"{args.validation_prompt!r}."
+        )
+    try:
+        pipe.get_label_ids(args.validation_prompt)
+    except ValueError as error:
+        raise ValueError(
+            f"--validation_prompt must be the name of a class of {path}, got {args.validation_prompt!r}: {error}"
+        ) from error
 
 
 def load_condition(args, dataset, pipe) -> tuple[str | None, torch.Tensor | None]:
@@ -146,20 +200,16 @@ def encode_images(args, dataset, pipe, device, skipped=None) -> tuple[list[int],
 
 
 def main(args):
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    repo_id = create_repository(args) if accelerator.is_main_process else None
+    accelerator = make_accelerator(args)  # seeds all processes the same, so that they start from the same adapter
 
     # 1. The pipeline, frozen, and the adapter, which alone trains: in float32, also on top of half precision
-    set_seed(args.seed)  # the same in every process, so that all start from the same adapter
     pipe = DraftAndRevisePipeline.from_pretrained(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant
     )
+    check_prompts(args, pipe)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    repo_id = create_repository(args) if accelerator.is_main_process else None
     pipe.to(accelerator.device)
     vae, transformer = pipe.vae, pipe.transformer
     vae.requires_grad_(False)
@@ -219,7 +269,10 @@ def main(args):
     )
     num_parts = accelerator.num_processes * args.gradient_accumulation_steps
     generator = torch.Generator()
-    started, loss_sum, window = time.monotonic(), torch.zeros((), device=accelerator.device), 0
+    guard = NonFiniteGuard(accelerator, args.max_nonfinite_steps)
+    max_grad_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+    started, mean = time.monotonic(), math.nan
+    loss_sum, window, steps_taken = torch.zeros((), device=accelerator.device), 0, 0
     log = (output_dir / "train_log.jsonl").open("w", buffering=1) if accelerator.is_main_process else None
     for step in range(args.max_train_steps):
         learning_rate = learning_rate_at(
@@ -232,6 +285,7 @@ def main(args):
         masks = random_mask(total_batch_size, transformer.num_positions, generator)
         dropped = torch.rand(total_batch_size, generator=generator) < args.condition_dropout
         num_masked, num_texts = masks.sum().item(), max(1, (~dropped).sum().item())
+        step_loss = torch.zeros_like(loss_sum)
         for micro_batch in range(args.gradient_accumulation_steps):
             first = (micro_batch * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
             rows = slice(first, first + args.train_batch_size)
@@ -253,29 +307,41 @@ def main(args):
                     text_loss = out.text_loss * text_share
                     loss = (1 - config.text_loss_weight) * loss + config.text_loss_weight * text_loss
                 accelerator.backward(loss)
-                if accelerator.sync_gradients and args.max_grad_norm > 0:
-                    accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            loss_sum += loss.detach() / args.gradient_accumulation_steps
-        window += 1
+            step_loss += loss.detach() / args.gradient_accumulation_steps
+        if guard.accepts(step_loss, accelerator.clip_grad_norm_(trainable, max_grad_norm)):
+            optimizer.step()
+            loss_sum += step_loss
+            window, steps_taken = window + 1, steps_taken + 1
+        optimizer.zero_grad()
         if (step + 1) % args.logging_steps == 0 or step + 1 == args.max_train_steps:
-            mean = accelerator.reduce(loss_sum / window, "mean").item()
+            means = {"loss": accelerator.reduce(loss_sum / window, "mean").item()} if window else {}
+            mean = means.get("loss", mean)
             seconds = round(time.monotonic() - started, 2)
             if log is not None:
-                entry = {"step": step + 1, "loss": mean, "learning_rate": learning_rate, "seconds": seconds}
+                entry = {"step": step + 1, **means, "learning_rate": learning_rate,
+                         "skipped_steps": guard.num_skipped, "seconds": seconds}  # fmt: skip
                 log.write(json.dumps(entry) + "\n")
-                print(f"step {step + 1}/{args.max_train_steps} loss {mean:.4f} lr {learning_rate:.2e}", flush=True)
+                loss = f"loss {mean:.4f}" if means else "no finite step"
+                print(f"step {step + 1}/{args.max_train_steps} {loss} lr {learning_rate:.2e}", flush=True)
             loss_sum, window = torch.zeros_like(loss_sum), 0
 
     # 4. The adapter, its card, and a look at it
+    layers = get_peft_model_state_dict(transformer)
+    # A loss that is not finite at the end is that of the adapter, which no further step has changed.
+    is_usable = steps_taken > 0 and accelerator.reduce(step_loss, "mean").isfinite().item()
+    if not is_usable or not all(layer.isfinite().all() for layer in layers.values()):
+        raise RuntimeError(
+            f"The adapter is not saved: after {steps_taken:,} finite steps of {args.max_train_steps:,} its loss or "
+            "weights are NaN or infinite, or no step was finite. Usual causes: a learning rate too high "
+            "(--learning_rate), or float16 in a run too short to find its scale (--mixed_precision)."
+        )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         log.close()
         transformer.eval()
         DraftAndRevisePipeline.save_lora_weights(
             output_dir,
-            transformer_lora_layers=get_peft_model_state_dict(transformer),
+            transformer_lora_layers=layers,
             transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
         )
         pictures = save_validation_images(args, pipe, output_dir) if args.validation_prompt else []

@@ -12,7 +12,7 @@ prefix short and an unknown word is one `[UNK]` that can be named.
 
 import argparse
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -86,7 +86,13 @@ def main(args):
     )  # fmt: skip
     skipped = SkippedRows(f"split {args.train_split!r}")
     captions = captions_of(dataset, args.caption_column, skipped)
-    tokenizer = train_tokenizer(captions, args.model, args.vocab_size, args.max_text_length)
+    first = next(captions, None)
+    if first is None:
+        raise ValueError(
+            f"--caption_column must hold captions, got none in {args.caption_column!r} of split {args.train_split!r}; "
+            f"skipped: {skipped}."
+        )
+    tokenizer = train_tokenizer(chain([first], captions), args.model, args.vocab_size, args.max_text_length)
     tokenizer.save_pretrained(args.output_dir)
     some = list(islice(captions_of(dataset, args.caption_column, SkippedRows(shown=0)), 10_000))
     lengths = sorted(len(ids) for ids in tokenizer(some).input_ids)

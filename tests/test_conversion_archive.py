@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import original_models as original
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tokenizers.implementations import CharBPETokenizer
 from transformers import AutoTokenizer
 
@@ -278,6 +280,16 @@ def truncate(checkpoint):
     checkpoint.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
 
 
+def lose_a_block(checkpoint):
+    """Zeros inside of the largest tensor, as a disk leaves them: the archive's structure is whole."""
+    with zipfile.ZipFile(checkpoint) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    middle = largest.header_offset + largest.file_size // 2
+    content = bytearray(checkpoint.read_bytes())
+    content[middle : middle + 512] = bytes(512)
+    checkpoint.write_bytes(content)
+
+
 def run_code(checkpoint):
     torch.save({"state_dict": {}, "hook": RunsCode(checkpoint.with_name("evil"))}, checkpoint)
 
@@ -285,6 +297,10 @@ def run_code(checkpoint):
 DAMAGES = {
     "would run code": (run_code, "must be a complete PyTorch checkpoint of tensors and plain containers"),
     "truncated": (truncate, "must be a complete PyTorch checkpoint"),
+    "a block of zeros": (
+        lose_a_block,
+        r"must be a complete PyTorch checkpoint, but the checksum of '.*' in it is wrong",
+    ),
     "empty": (lambda path: path.write_bytes(b""), "must be a complete PyTorch checkpoint"),
     "text": (lambda path: path.write_text("404 not found"), "must be a complete PyTorch checkpoint"),
     "absent": (lambda path: path.unlink(), "`checkpoint_path` must be a checkpoint's file"),
@@ -487,6 +503,21 @@ def test_rqvae_of_the_transformer_must_be_found(tmp_path):
     with pytest.raises(ValueError, match="stage1/model.pt"):
         rq_transformer_script.main([*arguments[:-1], str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
+
+
+def test_rqvae_folder_without_its_codebook_is_one_clear_error(tmp_path):
+    folder = write_stages(tmp_path / "archive", **CLASS)
+    vae = tmp_path / "vae"
+    rqvae_script.main(["--checkpoint_path", str(folder / "stage1" / "model.pt"), "--output_dir", str(vae)])
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    kept = {key: value for key, value in load_file(weights).items() if key != "quantizer.codebook"}
+    save_file(kept, weights, {"format": "pt"})
+    arguments = ["--checkpoint_path", str(folder / "stage2" / "model.pt"), "--rqvae_path", str(vae)]
+    with pytest.raises(
+        ValueError, match="`rqvae_path` must be .* complete weights, got .*without `quantizer.codebook`"
+    ):
+        rq_transformer_script.main([*arguments, "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_classes_of_lightning_are_named_but_not_run(tmp_path, monkeypatch):

@@ -116,6 +116,21 @@ def test_draws_have_crops_and_codes_of_their_own_however_the_rows_are_cut_into_f
     assert (drawn[:, 0] != drawn[:, 1]).mean() > 0.01
 
 
+@pytest.mark.parametrize("flags", [{"random_crop": True}, {"tau": 2.0}], ids=["crops", "drawn codes"])
+def test_a_row_of_each_file_of_a_stream_has_draws_of_its_own(flags, problem, tmp_path):
+    """The same image in the same row of every file, so that only the draws can tell the codes apart."""
+    (tmp_path / "data").mkdir()
+    row = load_split("train", dataset_name=str(problem / "data")).select([0])
+    for k in range(4):
+        row.to_parquet(tmp_path / "data" / f"train-{k:05d}-of-00004.parquet")
+    source = {"dataset_name": tmp_path / "data", "streaming": True, "num_draws": 4}
+    for name in ("codes", "again"):
+        run(problem, tmp_path / name, **source, **flags)
+    codes = codes_of(tmp_path / "codes")
+    assert codes.shape[:2] == (4, 4) and np.array_equal(codes, codes_of(tmp_path / "again"))
+    assert len({draws.tobytes() for draws in codes}) > 1
+
+
 def test_an_interrupted_run_goes_on_and_an_unfinished_one_is_not_read(problem, tmp_path, monkeypatch, capsys):
     run(problem, tmp_path / "whole", rows_per_file=4, caption_column="text")
     original, calls = encode_dataset.encode_part, []
@@ -165,6 +180,8 @@ def test_other_settings_are_refused_by_name(change, problem, tmp_path):
         ({"rows_per_file": 0}, "--rows_per_file.*got 0"),
         ({"tau": -1}, "--tau.*got -1"),
         ({"caption_column": "title"}, "caption_column.*'title'"),
+        ({"resolution": 0}, "--resolution must be .* got 0"),
+        ({"resolution": 7}, "--resolution must be a multiple of 2, got 7"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused_by_name(flags, message, problem, tmp_path):

@@ -17,7 +17,7 @@ from components import CODE_DEPTH, tiny_pipeline, tiny_rq_pipeline
 from diffusers import DiffusionPipeline
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import rq_draft_revise
 from rq_draft_revise import DraftAndReviseInpaintPipeline, DraftAndRevisePipeline
@@ -322,6 +322,61 @@ def test_a_card_that_is_there_stays_and_one_of_the_source_comes_along(saved, tmp
     (out / "README.md").write_text("mine")
     export_pipeline.main([str(source), str(out)])
     assert (out / "README.md").read_text() == "mine"
+
+
+def weights_of(folder):
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name.startswith("diffusion_pytorch_model")
+    }
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("sizes", [("20KB", "16MB"), ("16MB", "20KB"), ("20KB", "40KB")], ids="-".join)
+def test_a_second_export_is_as_if_it_were_the_first(sizes, variant, saved, tmp_path):
+    """Whatever the size of the shards was, and weights of another variant beside them stay."""
+    flags = [] if variant is None else ["--variant", variant]
+    other = ["--variant", "fp16"] if variant is None else []
+    source, out = str(saved / "class"), tmp_path / "out"
+    export_pipeline.main([source, str(out), *other, "--max_shard_size", "20KB"])
+    others = weights_of(out)
+    for size in sizes:
+        export_pipeline.main([source, str(out), *flags, "--max_shard_size", size])
+    export_pipeline.main([source, str(tmp_path / "once"), *flags, "--max_shard_size", sizes[1]])
+    assert weights_of(out) == others | weights_of(tmp_path / "once")
+    expected = DraftAndRevisePipeline.from_pretrained(saved / "class", dtype=torch.float16).transformer.state_dict()
+    for name in (None, "fp16"):
+        pipe = DraftAndRevisePipeline.from_pretrained(out, variant=name, dtype=torch.float16)
+        assert all(torch.equal(value, expected[key]) for key, value in pipe.transformer.state_dict().items())
+
+
+def test_an_export_that_fails_leaves_the_former_one(saved, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    export_pipeline.main([str(saved / "class"), str(out)])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(tiny_pipeline("class").transformer), "save_config", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_pipeline.main([str(saved / "class"), str(out), "--max_shard_size", "20KB"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_export_that_was_written_wrong_is_noticed(saved, tmp_path, monkeypatch):
+    replace_files = export_pipeline.replace_files
+
+    def with_another_bias(source, folder, variant):
+        replace_files(source, folder, variant)
+        weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(weights)
+        save_file(tensors | {"quant_conv.bias": tensors["quant_conv.bias"] + 1}, weights, {"format": "pt"})
+
+    monkeypatch.setattr(export_pipeline, "replace_files", with_another_bias)
+    with pytest.raises(ValueError, match="vae was not written as meant: quant_conv.bias differs"):
+        export_pipeline.main([str(saved / "class"), str(tmp_path / "out")])
 
 
 def test_only_pipelines_of_this_package_are_published(exported, tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import accelerate
 import datasets
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ def problem(tmp_path_factory):
             file.write(json.dumps({"file_name": f"{i}.png", "text": caption, "label": i}) + "\n")
     tiny_pipeline("text").save_pretrained(folder / "pipeline")
     tiny_pipeline("class").save_pretrained(folder / "pipeline-class")
+    tiny_pipeline(None).save_pretrained(folder / "pipeline-none")
     return folder
 
 
@@ -247,6 +249,61 @@ def test_labels_one_caption_for_all_and_validation_images(problem, tmp_path):
     assert f"{count:,} parameters" in card  # the base's, without the adapter that is loaded while the card is written
 
 
+@pytest.mark.parametrize(
+    "pipeline, flag, value, message",
+    [
+        ("pipeline-class", "instance_prompt", "a cat", "must be left out for a pipeline without text"),
+        ("pipeline-none", "instance_prompt", "a cat", "must be left out for a pipeline without text"),
+        ("pipeline-none", "validation_prompt", "a cat", "must be left out for a pipeline without a condition"),
+        ("pipeline-class", "validation_prompt", "a cat", "must be the name of a class"),
+        ("pipeline", "instance_prompt", " ", "must be a text"),
+        ("pipeline", "mixed_precision", "fp16", "must be 'no' or 'bf16' on a CPU"),
+    ],
+)
+def test_what_the_pipeline_or_the_machine_cannot_do_is_refused_before_the_training(
+    pipeline, flag, value, message, problem, tmp_path
+):
+    with pytest.raises(ValueError, match=f"--{flag} {message}.* got {value!r}"):
+        train(problem, tmp_path / "out", pipeline=pipeline, **{flag: value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_name_of_a_class_is_drawn(problem, tmp_path):
+    flags = {"validation_prompt": "class 1", "num_validation_images": 1, "max_train_steps": 1}
+    assert (train(problem, tmp_path / "out", pipeline="pipeline-class", **flags) / "validation-0.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"max_train_steps": 30}, "NaN or infinite for 10 optimizer steps in a row"),
+        ({"max_train_steps": 30, "max_nonfinite_steps": 2}, "for 2 optimizer steps in a row"),
+        ({"max_train_steps": 4}, "The adapter is not saved: after 1 finite steps of 4"),
+        ({"max_train_steps": 1, "adam_weight_decay": 1e38}, "The adapter is not saved: after 1 finite steps of 1"),
+    ],
+)
+def test_an_adapter_that_is_not_finite_is_not_saved(flags, message, problem, tmp_path):
+    with pytest.raises(RuntimeError, match=message):
+        train(problem, tmp_path / "out", **({"learning_rate": 1e30} | flags))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train_log.jsonl"]
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(problem, tmp_path, monkeypatch):
+    """Of three steps, the second: the adapter is that of the two others, and so is the loss."""
+    calls, norm = [], accelerate.Accelerator.clip_grad_norm_
+
+    def infinite_in_the_second(self, *args, **kwargs):
+        calls.append(norm(self, *args, **kwargs))
+        return calls[-1] * (torch.inf if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", infinite_in_the_second)
+    out = train(problem, tmp_path / "out", max_train_steps=3, logging_steps=1)
+    assert len(calls) == 3 and all(layer.isfinite().all() for layer in load_file(out / WEIGHTS).values())
+    entries = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+    assert ["loss" in entry for entry in entries] == [True, False, True]
+    assert [entry["skipped_steps"] for entry in entries] == [0, 1, 1]
+
+
 def test_accumulated_micro_batches_equal_the_large_batch(problem, tmp_path):
     # Two texts of four are dropped, so that the parts have different shares in both losses. Adam's first step is the
     # sign of the gradient, which hides a wrong size: after five steps it does not.
@@ -370,7 +427,14 @@ def test_nothing_to_save_is_refused(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("flag, value", [("rank", 0), ("max_train_steps", 0), ("condition_dropout", 1.0)])
+def test_two_sources_of_images_are_refused():
+    argv = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", "--dataset_name", "z"]
+    with pytest.raises(ValueError, match="only one of --dataset_name and --train_data_dir, got 'z' and 'y'"):
+        train_lora.parse_args(argv)
+
+
+@pytest.mark.parametrize("flag, value", [("rank", 0), ("max_train_steps", 0), ("condition_dropout", 1.0),
+                                         ("max_nonfinite_steps", 0)])  # fmt: skip
 def test_impossible_flags_are_refused_by_name(flag, value):
     argv = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", f"--{flag}", str(value)]
     with pytest.raises(ValueError, match=f"--{flag} must .* got {value}"):

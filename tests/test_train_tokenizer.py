@@ -15,8 +15,8 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)  # 5 s after each epoch of a stream
 
 
-def trained(tmp_path, *flags):
-    datasets.Dataset.from_dict({"text": CAPTIONS}).to_parquet(tmp_path / "captions.parquet")
+def trained(tmp_path, *flags, captions=CAPTIONS):
+    datasets.Dataset.from_dict({"text": captions}).to_parquet(tmp_path / "captions.parquet")
     source = ["--data_files", str(tmp_path / "captions.parquet"), "--output_dir", str(tmp_path / "tokenizer")]
     train_tokenizer.main(train_tokenizer.parse_args([*source, *flags]))
     return AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
@@ -34,6 +34,15 @@ def test_padding_is_0_unknown_is_1_case_does_not_matter_and_length_is_fixed(flag
     assert len(long) == 32
     assert 1 in tokenizer("ж").input_ids
     assert tokenizer.decode(tokenizer("a cat at dusk").input_ids) == "a cat at dusk"
+
+
+@pytest.mark.parametrize("flags", [(), ("--streaming",), ("--model", "word")])
+def test_captions_of_which_all_are_empty_are_refused_before_anything_is_written(flags, tmp_path):
+    with pytest.raises(
+        ValueError, match="--caption_column .* got none in 'text' of split 'train'; skipped: 3 with an"
+    ):
+        trained(tmp_path, *flags, captions=["", " ", "\n"])
+    assert not (tmp_path / "tokenizer").exists()
 
 
 def test_no_more_tokens_than_asked_for(tmp_path):
