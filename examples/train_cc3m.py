@@ -4,8 +4,8 @@
         --streaming --max_train_steps 400000 --output_dir runs/cc3m-654m
 
     accelerate launch examples/train_cc3m.py --pretrained_model_name_or_path pipelines/emoji-scenes \\
-        --transformer_config pipelines/emoji-scenes/transformer --vae runs/emoji-vae --dataset_name data/emoji-scenes --cache_codes --random_flip --train_batch_size 32 \\
-        --output_dir runs/emoji
+        --transformer_config pipelines/emoji-scenes/transformer --vae runs/emoji-vae \\
+        --dataset_name data/emoji-scenes --cache_codes --random_flip --train_batch_size 32 --output_dir runs/emoji
 
     accelerate launch examples/train_cc3m.py --model autoregressive ...   # the baseline
 
@@ -149,7 +149,9 @@ def main(args):
     validation_sets = validation_sets_of(args, accelerator, train_dataset, validation_datasets, *data)
 
     # 3. Training
-    prompts = args.validation_prompts or sample_prompts(validation_datasets, train_dataset, args)
+    prompts = []
+    if args.num_validation_images:
+        prompts = args.validation_prompts or sample_prompts(validation_datasets, train_dataset, args)
     args.num_validation_images = len(prompts)
     if args.report_to is not None:
         accelerator.init_trackers("train_cc3m", config=tracked(args))

@@ -32,7 +32,6 @@ a checkpoint and end.
 
 import argparse
 import math
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -44,9 +43,16 @@ from tqdm.auto import tqdm
 
 from rq_draft_revise import RQVAEModel
 from rq_draft_revise.batches import drawn_images, streamed_images
-from rq_draft_revise.budget import Budget, learning_rate_at
-from rq_draft_revise.checkpoints import TrainingLog, save_checkpoint
-from rq_draft_revise.data import CODES_COLUMN, SkippedRows, decode_all, to_pixel_values, training_order
+from rq_draft_revise.budget import Budget, learning_rate_at, warmup_at
+from rq_draft_revise.checkpoints import LogWindow, TrainingLog, save_checkpoint
+from rq_draft_revise.data import (
+    CODES_COLUMN,
+    SkippedRows,
+    decode_all,
+    digest_of_rows,
+    to_pixel_values,
+    training_order,
+)
 from rq_draft_revise.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -106,7 +112,8 @@ def parse_args(argv=None):
                        help="Optimizer steps before it begins to learn. Paper: 0.")  # fmt: skip
     group.add_argument("--discriminator_warmup_steps", type=int,
                        help="Optimizer steps that it then learns alone, before the RQ-VAE sees its gradient. Default: "
-                       "that of --lr_warmup_steps. The paper's parent has none.")  # fmt: skip
+                       "that of --lr_warmup_steps, at most a tenth of the run. The paper's parent has "
+                       "none.")  # fmt: skip
     group.add_argument("--discriminator_learning_rate", type=float, help="Default and paper: --learning_rate.")
 
     group = add_data_flags(parser, image_column="image", source="none, it has to be given", takes_codes=False)
@@ -131,8 +138,8 @@ def parse_args(argv=None):
     group.add_argument("--lr_scheduler", choices=["cosine", "constant"], default="constant",
                        help="After the warm-up. Paper: constant.")  # fmt: skip
     group.add_argument("--lr_warmup_steps", type=int,
-                       help="Linear. Default: half an epoch as in the paper, but at most a tenth of the run; of a "
-                       "stream, always that.")  # fmt: skip
+                       help="Linear. Default: half an epoch as in the paper, but at most a tenth of the run, in steps "
+                       "or in --max_train_seconds; of a stream, always that.")  # fmt: skip
     group.add_argument("--adam_beta1", type=float, default=0.5, help="Of Adam. Paper: 0.5.")
     group.add_argument("--adam_beta2", type=float, default=0.9, help="Of Adam. Paper: 0.9.")
     group.add_argument("--max_grad_norm", type=float, default=0.0,
@@ -249,16 +256,11 @@ def step_together(optimizers, scaler):
 # ----------------------------------------------------------------------------------------------------------- log
 
 
-def window_means(window, accelerator):
+def window_means(window):
     """What the log says of the steps since its last line: means over steps and processes. Waits for the device."""
-    means = {}
-    for name, values in window.items():
-        value = torch.stack(values).float().mean(0)
-        # update_codebook already returns the same numbers in every process, and the gradients were averaged
-        if name not in ("usage", "perplexity", "restarts", "grad_norm", "discriminator_grad_norm"):
-            value = accelerator.reduce(value, "mean")
-        means[name] = value.tolist()
-    means["psnr"] = 10 * math.log10(4 / max(means["mse"], 1e-10))  # the range has length 2, its square is 4
+    means = window.means()
+    if means:
+        means["psnr"] = 10 * math.log10(4 / max(means["mse"], 1e-10))  # the range has length 2, its square is 4
     return means
 
 
@@ -421,8 +423,18 @@ def main(args):
         default_warmup_steps if args.discriminator_warmup_steps is None else args.discriminator_warmup_steps
     )
     adversarial_start_step = args.discriminator_start_step + discriminator_warmup_steps
-    progress, place = load_progress(args, accelerator)
+    # A budget in seconds may be over long before the steps are: the defaults keep to a tenth of it, too.
+    lr_warmup_share = discriminator_warmup_share = None
+    if args.max_train_seconds is not None:
+        lr_warmup_share = 0.1 if args.lr_warmup_steps is None else None
+        discriminator_warmup_share = 0.1 if args.discriminator_warmup_steps is None else None
+    digest = None if args.streaming else digest_of_rows(train_dataset, args.image_column)
+    data = {"num_images": num_images, "max_train_steps": max_train_steps, "data_digest": digest}
+    progress, place = load_progress(args, accelerator, data)
     step, images_seen = progress["step"], progress["images"]
+    # The share of the budget used when the discriminator began to learn, and the step of the first adversarial loss.
+    discriminator_started = progress.get("discriminator_started")
+    adversarial_started = progress.get("adversarial_started")
     log = TrainingLog(accelerator, output_dir, step)
     if args.report_to is not None:
         accelerator.init_trackers("rqvae", config=tracked(args))
@@ -430,7 +442,9 @@ def main(args):
     losses = f"{args.reconstruction_loss}, LPIPS x {args.perceptual_weight}, adversarial x {args.adversarial_weight}"
     if discriminator is not None:
         losses += (
-            f" from step {adversarial_start_step:,} (discriminator of "
+            f" from step {adversarial_start_step:,}"
+            + (" or after a tenth of the seconds" if discriminator_warmup_share else "")
+            + " (discriminator of "
             f"{sum(p.numel() for p in discriminator.parameters()):,} parameters, from step "
             f"{args.discriminator_start_step:,})"
         )
@@ -445,8 +459,9 @@ def main(args):
         f"steps: {max_train_steps:,}"
         + (f" ({max_train_steps * total_batch_size / num_images:.1f} epochs)" if num_images else "")
         + (f" or {args.max_train_seconds:,.0f} seconds" if args.max_train_seconds else "")
-        + f", from step {step:,}; learning rate {args.learning_rate:.2e} after {lr_warmup_steps:,} steps of warm-up\n"
-        + f"losses: {losses}"
+        + f", from step {step:,}; learning rate {args.learning_rate:.2e} after {lr_warmup_steps:,} steps "
+        + ("or a tenth of the seconds " if lr_warmup_share else "")
+        + f"of warm-up\nlosses: {losses}"
     )
 
     def validate():
@@ -485,8 +500,10 @@ def main(args):
         epoch = images_seen // num_images if num_images else place[0]
         places = None if place is None else gathered(place, accelerator)
         progress = {"step": step, "images": images_seen, "epoch": epoch, "seconds": budget.elapsed(),
-                    "skipped_steps": guard.num_skipped, "places": places}  # fmt: skip
-        save_checkpoint(accelerator, output_dir, progress, vars(args), args.checkpoints_total_limit)
+                    "skipped_steps": guard.num_skipped, "places": places, "window": window.state(),
+                    "discriminator_started": discriminator_started,
+                    "adversarial_started": adversarial_started}  # fmt: skip
+        save_checkpoint(accelerator, output_dir, progress, vars(args), args.checkpoints_total_limit, data)
 
     # 4. Training
     budget = Budget(accelerator, max_train_steps, args.max_train_seconds, progress["seconds"])
@@ -494,7 +511,7 @@ def main(args):
     guard.num_skipped = progress["skipped_steps"]
     batches = pixel_batches(args, accelerator, train_dataset, train_images, images_seen, place, skipped)
     generator = torch.Generator()
-    window, window_images, window_started, stopped = defaultdict(list), 0, time.monotonic(), False
+    window, stopped, is_warm = LogWindow(accelerator, progress["window"]), False, True
     bar = tqdm(
         total=max_train_steps * total_batch_size,
         initial=images_seen,
@@ -505,13 +522,21 @@ def main(args):
     stop = StopSignal(accelerator)
     with stop, bar:
         while (fraction := budget.fraction_used(step)) < 1:
-            warmup = learning_rate_at(step, fraction, 1.0, args.lr_scheduler, lr_warmup_steps)
+            warmup = learning_rate_at(step, fraction, 1.0, args.lr_scheduler, lr_warmup_steps, lr_warmup_share)
+            is_warm = warmup_at(step, fraction, lr_warmup_steps, lr_warmup_share) == 1
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate = args.learning_rate * warmup
             discriminator_learns = discriminator is not None and step >= args.discriminator_start_step
             if discriminator_learns:
                 for group in discriminator_optimizer.param_groups:
                     group["lr"] = args.discriminator_learning_rate * warmup
+                if discriminator_started is None:
+                    discriminator_started = fraction
+                if adversarial_started is None and (
+                    step >= adversarial_start_step
+                    or (discriminator_warmup_share and fraction >= discriminator_started + discriminator_warmup_share)
+                ):
+                    adversarial_started = step
 
             # The gradients of both networks, over all micro-batches. Both see the other one as it was before the step.
             latents, means = [], defaultdict(float)
@@ -529,7 +554,7 @@ def main(args):
                         values["perceptual_loss"] = perceptual_loss(sample, pixel_values)
                         loss = loss + args.perceptual_weight * values["perceptual_loss"]
                     (pixel_gradient,) = torch.autograd.grad(loss, sample)
-                    if discriminator is not None and step >= adversarial_start_step:
+                    if adversarial_started is not None:
                         scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
                         values["adversarial_loss"] = adversarial_loss(discriminator(sample))
                         (adversarial_gradient,) = torch.autograd.grad(scale * values["adversarial_loss"], sample)
@@ -577,18 +602,17 @@ def main(args):
                 if ema is not None:
                     ema.step(rqvae.parameters())
                 means |= {"usage": stats.usage, "perplexity": stats.perplexity, "restarts": stats.restarts}
-                for name, value in means.items():
-                    window[name].append(value)
+                window.add(means)
             for each in optimizers:
                 each.zero_grad()
 
             step += 1
             images_seen += total_batch_size
-            window_images += total_batch_size
+            window.images += total_batch_size
             bar.update(total_batch_size)
 
             if step % args.logging_steps == 0:
-                rate = window_images / (time.monotonic() - window_started)
+                rate, means = window.images / window.seconds(), window_means(window)
                 entry = {"kind": "train", "step": step, "images": images_seen, "seconds": round(budget.elapsed(), 2),
                          "images_per_second": round(rate, 2), "learning_rate": learning_rate,
                          "skipped_steps": guard.num_skipped}  # fmt: skip
@@ -597,33 +621,42 @@ def main(args):
                     f"step {step}/{max_train_steps} images {images_seen:,} {rate:.1f}/s, {left} left, lr "
                     f"{learning_rate:.2e}"
                 )
-                if window:
-                    means = window_means(window, accelerator)
+                if means:
                     entry |= means
                     line += described(means)
                 if guard.num_skipped > 0:
                     line += f" skipped {guard.num_skipped}"
                 bar.clear()
                 log.write(entry, line)
-                window, window_images, window_started = defaultdict(list), 0, time.monotonic()
+                window.clear()
 
-            pause_started = time.monotonic()
-            if validation_images and step % args.validation_steps == 0:
-                bar.clear()
-                validate()
-            stopped = stop.requested()
-            if stopped or step % args.checkpointing_steps == 0:
-                checkpoint()
+            with window.paused():  # images/s is the speed of training alone
+                if validation_images and step % args.validation_steps == 0:
+                    bar.clear()
+                    validate()
+                stopped = stop.requested()
+                if stopped or step % args.checkpointing_steps == 0:
+                    checkpoint()
             if stopped:
                 accelerator.print(f"Asked to stop: wrote checkpoint-{step}; --resume_from_checkpoint latest goes on.")
                 break
-            window_started += time.monotonic() - pause_started  # images/s is the speed of training alone
     batches.close()
 
     if stopped:
         log.close()
         accelerator.end_training()
         return
+
+    if not is_warm:
+        accelerator.print(
+            f"Warning: the run ended within its warm-up, of {lr_warmup_steps:,} steps: it had {step:,}. "
+            "--lr_warmup_steps is what it warms up in."
+        )
+    if discriminator is not None and adversarial_started is None and step > progress["step"]:
+        accelerator.print(
+            f"Warning: the adversarial loss never began: from step {adversarial_start_step:,} it would have, and the "
+            f"run had {step:,}. --discriminator_start_step and --discriminator_warmup_steps are what it waits for."
+        )
 
     # 5. Export
     if validation_images and step % args.validation_steps != 0:

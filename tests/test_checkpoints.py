@@ -15,7 +15,13 @@ from diffusers.training_utils import EMAModel
 from kill_test import free_port, prepare_processes
 
 from rq_draft_revise import checkpoints
-from rq_draft_revise.checkpoints import checkpoints_in, load_checkpoint, save_checkpoint, verify_checkpoint
+from rq_draft_revise.checkpoints import (
+    LogWindow,
+    checkpoints_in,
+    load_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+)
 
 
 ARGUMENTS = {"learning_rate": 1e-3, "data_files": ["a.parquet"], "output_dir": Path("runs/one"), "max_train_steps": 9}
@@ -361,6 +367,51 @@ def test_every_change_but_the_listed_ones_is_refused(tmp_path):
                 run.load(tmp_path, arguments=changed)
     # A flag that only one of them knows came or went with a version of the script.
     assert run.load(tmp_path, arguments={**arguments, "new_flag": 1})["step"] == 0
+
+
+def test_other_data_are_refused_and_what_one_of_both_does_not_know_is_let_pass(tmp_path):
+    run, data = Run(), {"num_images": 22, "max_train_steps": 9, "data_digest": "ab"}
+    save_checkpoint(run.accelerator, tmp_path / "new", {"step": 0}, ARGUMENTS, data=data)
+    save_checkpoint(run.accelerator, tmp_path / "old", {"step": 0}, ARGUMENTS)
+    path = tmp_path / "old" / "checkpoint-0" / "progress.json"
+    assert json.loads(path.read_text()).pop("data") == {}
+
+    def load(folder, **changed):
+        return load_checkpoint(run.accelerator, tmp_path / folder, "latest", ARGUMENTS, {**data, **changed})
+
+    assert load("new") == load("new", num_images=None, data_digest=None) == {"step": 0}
+    assert load("old") == {"step": 0}  # as written before there was an entry
+    for name, value in (("num_images", 30), ("max_train_steps", 12), ("data_digest", "cd")):
+        with pytest.raises(ValueError, match=f"[^-]{name} was {data[name]!r} and is {value!r}"):
+            load("new", **{name: value})
+
+
+def test_a_window_of_the_log_goes_on_where_it_was(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: clock[0])
+    accelerator = Accelerator()
+    values = [torch.rand(2, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    whole = LogWindow(accelerator)
+    for i, value in enumerate(values):
+        clock[0] += 2
+        whole.images += 4
+        whole.add({"loss": value[0], "usage": value, **({"late": value[1]} if i > 3 else {})})
+        with whole.paused():
+            clock[0] += 50
+            if i == 2:
+                state = json.loads(json.dumps(whole.state()))
+    expected, images, seconds = whole.means(), whole.images, whole.seconds()
+    clock[0] = 0.0  # of another machine
+    resumed = LogWindow(accelerator, state)
+    for i, value in enumerate(values[3:], 3):
+        clock[0] += 2
+        resumed.images += 4
+        resumed.add({"loss": value[0], "usage": value, **({"late": value[1]} if i > 3 else {})})
+    assert resumed.means() == expected and resumed.images == images == 20
+    assert resumed.seconds() == seconds == 10
+    assert expected["late"] == values[4][1].item() and len(expected["usage"]) == 2
+    whole.clear()
+    assert whole.means() == {} and whole.images == 0
 
 
 def test_another_precision_is_refused(tmp_path):

@@ -28,6 +28,7 @@ from rq_draft_revise.data import (
     decode_value,
     decoded_rows,
     decoded_stream,
+    digest_of_rows,
     input_ids_of,
     load_split,
     split_names,
@@ -483,6 +484,45 @@ def test_a_stream_that_ends_gives_every_readable_row_in_order(num_threads):
     numbers = [i for i in range(20) if i not in (3, 18)]
     assert [(row["number"], place) for row, _, place in decoded] == [(i, (0, i + 1)) for i in numbers]
     assert str(skipped) == "2 with an unreadable image"
+
+
+def test_a_streamed_row_that_is_skipped_counts_once_however_many_epochs():
+    """Without a key it has another name in each; a row of a webdataset has its own."""
+    for key in ({}, {"__key__": "x"}):
+        rows = [({"number": i, **key, **({"__key__": f"{i}"} if key else {})}, i) for i in range(6)]
+        endless = ((row, (epoch, i + 1)) for epoch in range(5) for row, i in (rows[:: (-1) ** epoch]))
+
+        def decode(row, place):
+            return 1 / (row["number"] % 3) if row["number"] % 3 else decode_value(None, 8)
+
+        skipped = SkippedRows()
+        assert len(list(decoded_stream(endless, decode, 0, "an unreadable image", skipped))) == 5 * 4
+        assert len(skipped) == len(skipped.rows["an unreadable image"]) == 2
+
+
+def test_the_digest_of_data_is_of_what_they_hold_and_not_of_where_they_lie(broken, tmp_path):
+    copy = tmp_path / "copy.parquet"
+    copy.write_bytes(broken.read_bytes())
+    first, second = (load_split("train", data_files=[str(path)]) for path in (broken, copy))
+    assert first._fingerprint != second._fingerprint
+    digest = digest_of_rows(first, "image", first["text"][:])
+    assert digest_of_rows(second, "image", second["text"][:]) == digest
+    captions = ["another", *first["text"][1:]]
+    changed = {
+        "order": digest_of_rows(first.select(range(8, -1, -1)), "image", first["text"][:]),
+        "caption": digest_of_rows(first, "image", captions),
+        "count": digest_of_rows(first.select(range(8)), "image", first["text"][:]),
+    }
+    assert len({digest, *changed.values()}) == 4
+    # Paths of images are read, and many rows are sampled, the last among them.
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            color = (i, 7 if name == "other" and i == 2 else 0, 0)
+            Image.new("RGB", (8, 8), color).save(tmp_path / name / f"{i}.png")
+    digests = [digest_of_rows(load_split("train", train_data_dir=str(tmp_path / n)), "image", num_rows=2)
+               for n in ("one", "other", "one")]  # fmt: skip
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_a_stream_of_nothing_but_empty_captions_ends_with_a_message():

@@ -185,6 +185,82 @@ def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one_to_the_bit(name, pr
             assert torch.equal(second[key], tensor), f"{file}: {key}"
 
 
+def test_a_line_of_the_log_is_that_of_the_uninterrupted_run_where_the_checkpoint_is_between_two(problem, tmp_path):
+    """Also of what only some of its steps measured: the adversarial loss begins in the line's second step."""
+    flags = dict(train_batch_size=5, max_train_steps=8, checkpointing_steps=3, validation_steps=8, logging_steps=4,
+                 learning_rate=1e-3, **{**GAN, "discriminator_warmup_steps": 1})  # fmt: skip
+    expected = train(problem, tmp_path / "whole", **flags)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    (tmp_path / "resumed" / "train_log.jsonl").write_text("")
+    assert train(problem, tmp_path / "resumed", resume_from_checkpoint="latest", **flags) == expected
+    assert [entry["step"] for entry in expected] == [4, 8, 8]
+
+
+def test_a_finished_run_that_is_resumed_has_its_last_validation_once(problem, tmp_path):
+    flags = dict(train_batch_size=5, max_train_steps=4, checkpointing_steps=2, validation_steps=3, **PIXELS)
+    expected = train(problem, tmp_path, **flags)
+    assert [e["kind"] for e in expected if e["step"] == 4] == ["train", "validation"]
+    assert train(problem, tmp_path, resume_from_checkpoint="latest", **flags) == expected
+
+
+def test_a_run_does_not_go_on_with_other_images(problem, tmp_path):
+    shutil.copytree(problem / "data", tmp_path / "data")
+    flags = dict(dataset_name=tmp_path / "data", train_batch_size=5, max_train_steps=2, checkpointing_steps=1,
+                 validation_split="none", **PIXELS)  # fmt: skip
+    train(problem, tmp_path / "run", **flags)
+    path = str(tmp_path / "data" / "train-00000.parquet")
+    rows = datasets.Dataset.from_parquet(path)
+    rows.select(range(NUM_IMAGES - 1, -1, -1)).to_parquet(path)
+    with pytest.raises(ValueError, match="data_digest was"):
+        train(problem, tmp_path / "run", resume_from_checkpoint="latest", **flags)
+
+
+# ------------------------------------------------------------------------------- warming up within a budget in seconds
+
+
+@pytest.fixture
+def twenty_steps(monkeypatch):
+    """Each step takes a twentieth of `--max_train_seconds`, where that is given."""
+
+    class Timed(train_rqvae.Budget):
+        def fraction_used(self, step):
+            return super().fraction_used(step) if self.max_train_seconds is None else step / 20
+
+    monkeypatch.setattr(train_rqvae, "Budget", Timed)
+
+
+SECONDS = dict(train_batch_size=2, max_train_seconds=1000, max_train_steps=10**6, lr_warmup_steps=None,
+               learning_rate=1e-3, validation_split="none", **{**GAN, "discriminator_warmup_steps": None})  # fmt: skip
+
+
+@pytest.mark.parametrize("start, adversarial", [(0, 2), (5, 7)])
+def test_by_default_a_tenth_of_the_seconds_ends_the_warm_up_and_begins_the_adversarial_loss(
+    start, adversarial, problem, tmp_path, twenty_steps, capsys
+):
+    """Half an epoch is 6 steps here."""
+    log = train(problem, tmp_path / "whole", discriminator_start_step=start, checkpointing_steps=3, **SECONDS)
+    rates = [entry["learning_rate"] for entry in log]
+    assert len(log) == 20 and rates[:3] == pytest.approx([1e-3 / 6, 0.5e-3, 1e-3]) and set(rates[2:]) == {1e-3}
+    assert ["discriminator_loss" in entry for entry in log] == [step >= start for step in range(20)]
+    assert ["adversarial_weight" in entry for entry in log] == [step >= adversarial for step in range(20)]
+    assert "Warning" not in capsys.readouterr().out
+    for step in (3, 6, 9):
+        resume = tmp_path / "whole" / f"checkpoint-{step}"
+        resumed = train(problem, tmp_path / f"from-{step}", discriminator_start_step=start,
+                        resume_from_checkpoint=resume, checkpointing_steps=100, **SECONDS)  # fmt: skip
+        assert resumed == log[step:]
+
+
+def test_what_is_given_in_steps_is_taken_in_steps_and_said_to_be_too_long(problem, tmp_path, twenty_steps, capsys):
+    flags = {**SECONDS, "lr_warmup_steps": 40, "discriminator_warmup_steps": 20}
+    log = train(problem, tmp_path, **flags)
+    assert [entry["learning_rate"] for entry in log] == pytest.approx([1e-3 * (i + 1) / 40 for i in range(20)])
+    assert not any("adversarial_weight" in entry for entry in log)
+    printed = capsys.readouterr().out
+    assert "Warning: the run ended within its warm-up, of 40 steps" in printed
+    assert "Warning: the adversarial loss never began" in printed
+
+
 # -------------------------------------------------------------------------------------------- micro-batches, processes
 
 
@@ -434,8 +510,8 @@ def test_unreadable_images_are_skipped_counted_and_named(how, problem, tmp_path,
     assert set(rows_of(read, images)) == {0, 2, 3, 5}
     printed = capsys.readouterr().out
     assert "Skipped: an unreadable image" in printed and "of split 'train'" in printed
-    if how != "streamed":  # which counts a row anew each epoch
-        assert "skipped rows: 2 with an unreadable image; skipped steps: 0." in printed
+    assert "skipped rows: 2 with an unreadable image; skipped steps: 0." in printed
+    if how != "streamed":
         assert "1.png" in printed and "4.png" in printed
 
     train(problem, tmp_path / "validated", validation_data_files=tmp_path / "rows.parquet", train_batch_size=4,
@@ -758,7 +834,7 @@ def test_a_flag_that_does_not_fit_is_refused_by_name(flag, value, others, proble
 def test_a_changed_recipe_does_not_resume(problem, tmp_path):
     flags = dict(train_batch_size=5, max_train_steps=1, checkpointing_steps=1, validation_split="none", **GAN)
     train(problem, tmp_path, **flags)
-    assert "token" not in (tmp_path / "checkpoint-1" / "progress.json").read_text()
+    assert "hub_token" not in (tmp_path / "checkpoint-1" / "progress.json").read_text()
     with pytest.raises(ValueError, match="--adversarial_weight was 0.75 and is 0.5"):
         train(problem, tmp_path, resume_from_checkpoint="latest", adversarial_weight=0.5, **flags)
 

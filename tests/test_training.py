@@ -167,6 +167,14 @@ def test_the_learning_rate_warms_up_linearly_and_ends_at_zero():
         learning_rate_at(0, 0.0, 0.2, "linear")
 
 
+def test_a_warm_up_that_may_take_a_share_of_the_budget_is_over_then():
+    rates = [learning_rate_at(s, s / 20, 1.0, "constant", 10**6, warmup_share=0.1) for s in range(4)]
+    assert rates == pytest.approx([1e-6, 0.5, 1, 1])
+    steps = [learning_rate_at(s, s / 10**6, 1.0, "constant", 4, warmup_share=0.1) for s in range(5)]
+    assert steps == [0.25, 0.5, 0.75, 1, 1]  # whichever is further on
+    assert learning_rate_at(0, 0.0, 1.0, "constant", 0, warmup_share=0.1) == 1
+
+
 def test_a_budget_is_used_up_by_steps_or_by_seconds_whichever_comes_first():
     accelerator = Accelerator()
     assert Budget(accelerator, 10).fraction_used(4) == 0.4
@@ -328,6 +336,70 @@ def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one_to_the_bit(name, pr
     assert not torch.equal(live[key], earlier[key]) and not torch.equal(live[key], weights[key])
 
 
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_line_of_the_log_is_that_of_the_uninterrupted_run_where_the_checkpoint_is_between_two(
+    script, problem, tmp_path
+):
+    flags = dict(train_batch_size=5, max_train_steps=8, checkpointing_steps=3, validation_steps=8, logging_steps=4,
+                 learning_rate=1e-3)  # fmt: skip
+    expected = train(script, problem, tmp_path / "whole", **flags)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    (tmp_path / "resumed" / "train_log.jsonl").write_text("")
+    assert train(script, problem, tmp_path / "resumed", resume_from_checkpoint="latest", **flags) == expected
+    assert [entry["step"] for entry in expected] == [4, 8, 8, 8]
+
+
+def test_a_finished_run_that_is_resumed_has_its_last_validation_once(problem, tmp_path):
+    flags = dict(train_batch_size=5, max_train_steps=4, checkpointing_steps=2, validation_steps=3)
+    expected = train("train_imagenet", problem, tmp_path, **flags)
+    assert [e["split"] for e in expected if e["step"] == 4 and e["kind"] == "validation"] == ["test", "seen"]
+    assert train("train_imagenet", problem, tmp_path, resume_from_checkpoint="latest", **flags) == expected
+    # One that was killed between the two has both afterwards.
+    path = tmp_path / "train_log.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert train("train_imagenet", problem, tmp_path, resume_from_checkpoint="latest", **flags) == expected
+
+
+def test_a_run_does_not_go_on_with_other_data_but_with_a_copy(problem, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(problem / "data", data)
+    flags = dict(dataset_name=data, train_batch_size=5, checkpointing_steps=3, validation_split="none")
+    output_dir = tmp_path / "run"
+    train("train_cc3m", problem, output_dir, max_train_steps=3, **flags)
+    flags |= dict(max_train_steps=3, resume_from_checkpoint=output_dir / "checkpoint-3")
+    rows = datasets.Dataset.from_parquet(str(data / "train-00000.parquet"))
+    changes = {
+        "num_images was 22 and is 21": rows.select(range(NUM_IMAGES - 1)),
+        "data_digest was": rows.select(range(NUM_IMAGES - 1, -1, -1)),
+    }
+    for message, changed in changes.items():
+        changed.to_parquet(data / "train-00000.parquet")
+        with pytest.raises(ValueError, match=message):
+            train("train_cc3m", problem, output_dir, **flags)
+    shutil.copy(problem / "data" / "train-00000.parquet", data / "train-00000.parquet")  # at another time
+    assert train("train_cc3m", problem, output_dir, **flags)
+
+
+def test_data_that_make_the_run_longer_are_refused_where_epochs_are_its_length(problem, tmp_path):
+    shutil.copytree(problem / "data", tmp_path / "data")
+    flags = dict(dataset_name=tmp_path / "data", train_batch_size=5, num_train_epochs=1, validation_split="none",
+                 checkpointing_steps=2)  # fmt: skip
+    train("train_imagenet", problem, tmp_path / "run", **flags)
+    path = str(tmp_path / "data" / "train-00000.parquet")
+    rows = datasets.Dataset.from_parquet(path)
+    datasets.concatenate_datasets([rows, rows]).to_parquet(path)
+    with pytest.raises(ValueError, match="max_train_steps was 5 and is 9"):
+        train("train_imagenet", problem, tmp_path / "run", resume_from_checkpoint="latest", **flags)
+
+
+def test_a_run_that_ends_within_its_warm_up_says_so(problem, tmp_path, capsys):
+    flags = dict(train_batch_size=4, max_train_steps=2, validation_split="none")
+    train("train_imagenet", problem, tmp_path, lr_warmup_steps=2, **flags)
+    assert "Warning" not in capsys.readouterr().out
+    train("train_imagenet", problem, tmp_path, lr_warmup_steps=3, **flags)
+    assert "Warning: the run ended within its warm-up" in capsys.readouterr().out
+
+
 def test_looking_at_the_weights_changes_nothing(problem, tmp_path):
     """Validation exchanges the weights for the averaged ones and draws images from numbers of its own."""
     flags = dict(train_batch_size=5, max_train_steps=4, learning_rate=1e-2, pipeline="-dropout", ema_decay=0.9)
@@ -474,7 +546,8 @@ def two_processes(problem, tmp_path_factory) -> Path:
     common = dict(
         pipeline="-dropout", train_batch_size=3, max_train_steps=4, checkpointing_steps=2, learning_rate=1e-3
     )
-    cached = dict(gradient_accumulation_steps=2, random_flip=True, cache_codes=True, **common)
+    # A line of the log over all four steps: the checkpoint in its middle holds the sums of both processes.
+    cached = dict(gradient_accumulation_steps=2, random_flip=True, cache_codes=True, logging_steps=4, **common)
     streamed = dict(streaming=True, shuffle_buffer_size=5, **common)
     runs = [("train_cc3m", dict(output_dir=folder / "equal", **EQUAL))]
     for name, flags in (("cached", cached), ("streamed", streamed)):
@@ -743,6 +816,11 @@ def test_a_flag_out_of_range_is_refused_by_name(script, flag, value, problem):
         ({"train_data_dir": "images"}, "--train_data_dir"),
         ({"filter_column": "score"}, "--filter_min"),
         ({"filter_min": 0.5}, "--filter_column"),
+        ({"num_draws": 2, "cache_codes": True}, "--num_draws must be 1 without --random_crop and --tau"),
+        (
+            {"data_files": "a.parquet", "validation_data_files": "b.parquet", "validation_split": "none"},
+            r"--validation_split must be left out with --validation_data_files.*got \['none'\]",
+        ),
     ],
 )
 def test_flags_that_exclude_each_other_are_refused(flags, named, problem):
@@ -759,6 +837,7 @@ def test_flags_that_exclude_each_other_are_refused(flags, named, problem):
         ("train_imagenet", {"label_column": "kind"}, "label_column.*got 'kind'"),
         ("train_imagenet", {"label_column": "text"}, "--label_column.*got 'a cat"),
         ("train_cc3m", {"resolution": 16}, "resolution.*got 16"),
+        ("train_cc3m", {"resolution": 0}, "--resolution must be 8.*got 0"),
         ("train_cc3m", {"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint.*got.*nowhere"),
         ("train_cc3m", {"attention_backend": "fastest"}, "fastest"),
         ("train_imagenet", {"model": "autoregressive", "pipeline": "/../../train_imagenet"}, "--model autoregressive"),
@@ -776,6 +855,27 @@ def test_a_flag_that_does_not_fit_the_data_or_the_model_is_refused_by_name(scrip
     with pytest.raises(ValueError, match=message):
         train(script, problem, tmp_path, **{"max_train_steps": 1, **flags})
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+@pytest.mark.parametrize("script", TRAINERS)
+def test_flags_of_views_are_refused_for_codes_and_their_defaults_are_not(script, streaming, problem, tmp_path):
+    column = {"train_cc3m": {"caption_column": "text"}, "train_imagenet": {"label_column": "label"}}[script]
+    vae = {"vae": problem / script / "vae"}
+    run("encode_dataset", problem, tmp_path / "codes", splits="train", **vae, **column)
+    flags = dict(dataset_name=tmp_path / "codes", train_batch_size=4, max_train_steps=1, validation_split="none",
+                 streaming=streaming, **vae)  # fmt: skip
+    train(script, problem, tmp_path / "run", **flags)
+    for name, value in (("tau", 0.5), ("tau", 0.0), ("random_flip", True), ("no-random_crop", True), ("num_draws", 1)):
+        with pytest.raises(ValueError, match=f"--{name.removeprefix('no-')} must not be given.*'codes'"):
+            train(script, problem, tmp_path / "refused", **flags, **{name: value})
+
+
+def test_no_validation_images_are_no_grid_whatever_the_prompts(problem, tmp_path):
+    flags = dict(train_batch_size=4, max_train_steps=1, validation_prompts="cat owl", validation_split="none")
+    for count, grids in ((0, 0), (1, 1)):
+        train("train_cc3m", problem, tmp_path / f"{count}", num_validation_images=count, **flags)
+        assert len(list((tmp_path / f"{count}").glob("samples-*.png"))) == grids
 
 
 @pytest.mark.parametrize("flag, missing", [("vae", "vae/*.safetensors"), ("tokenizer", "tokenizer/*.json")])

@@ -63,10 +63,29 @@ class Budget:
         return str(timedelta(seconds=max(0, round(seconds)))) if seconds < 1e8 else "?"
 
 
+def warmup_at(step: int, fraction: float, warmup_steps: int = 0, warmup_share: float | None = None) -> float:
+    """Share of the peak, linear up to 1, that the warm-up allows: by the steps or by the budget, whichever is further.
+
+    Args:
+        step (`int`): Optimizer steps done.
+        fraction (`float`): From [`Budget.fraction_used`].
+        warmup_steps (`int`, defaults to 0): Steps until the peak, the first of which already moves.
+        warmup_share (`float`, *optional*): Fraction of the budget by which the warm-up is over, whatever the steps. By
+            default the steps alone decide.
+    """
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    return warmup if warmup_share is None else max(warmup, min(1.0, fraction / warmup_share))
+
+
 def learning_rate_at(
-    step: int, fraction: float, peak: float, schedule: str = "cosine", warmup_steps: int = 0
+    step: int,
+    fraction: float,
+    peak: float,
+    schedule: str = "cosine",
+    warmup_steps: int = 0,
+    warmup_share: float | None = None,
 ) -> float:
-    """Linear warm-up over steps, times a cosine of the budget's used `fraction` down to 0.
+    """The warm-up of [`warmup_at`], times a cosine of the budget's used `fraction` down to 0.
 
     The fraction and not the step drives the cosine, so that a budget in seconds ends at learning rate 0 too.
 
@@ -75,13 +94,13 @@ def learning_rate_at(
         fraction (`float`): From [`Budget.fraction_used`], in [0, 1]; beyond counts as 1.
         peak (`float`): The learning rate after the warm-up.
         schedule (`str`, defaults to `"cosine"`): Or `"constant"`, which stays at the peak.
-        warmup_steps (`int`, defaults to 0): Steps until the peak, the first of which already moves.
+        warmup_steps (`int`, defaults to 0), warmup_share (`float`, *optional*): See [`warmup_at`].
 
     Raises:
         `ValueError`: an unknown `schedule`.
     """
     if schedule not in ("cosine", "constant"):
         raise ValueError(f"`schedule` must be 'cosine' or 'constant', got {schedule!r}.")
-    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    warmup = warmup_at(step, fraction, warmup_steps, warmup_share)
     decay = 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0))) if schedule == "cosine" else 1.0
     return peak * warmup * decay

@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoint-<step>` of what `accelerate.Accelerator.save_state` writes (weights, optimizer,
 registered objects, each process's random states; sharded where FSDP shards), and of two files of ours:
 
-- `progress.json`: how far the run is, its arguments, how it was launched, git revision and library versions;
+- `progress.json`: how far the run is, its arguments, its data, how it was launched, git revision and library versions;
 - `manifest.json`: size and CRC-32 of every other file. Written last: a folder that has one is complete.
 
 Both functions are handed the run's `accelerate.Accelerator`; nothing of accelerate is imported with this module.
@@ -12,9 +12,11 @@ Both functions are handed the run's `accelerate.Accelerator`; nothing of acceler
 import json
 import os
 import shutil
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,8 +189,9 @@ def _finish_interrupted(output_dir: Path) -> None:
 
 
 def _as_json(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What reading the arguments back will give: paths as text, tuples as lists; and no secrets."""
-    return json.loads(json.dumps({k: v for k, v in arguments.items() if not k.endswith("_token")}, default=str))
+    """What reading the arguments back will give: paths as text, tuples as lists; no secrets, and no `_given`."""
+    kept = {k: v for k, v in arguments.items() if not k.endswith("_token") and not k.startswith("_")}
+    return json.loads(json.dumps(kept, default=str))
 
 
 def _launch(accelerator: "Accelerator") -> dict[str, Any]:
@@ -240,6 +243,7 @@ def save_checkpoint(
     progress: dict[str, Any],
     arguments: dict[str, Any],
     total_limit: int | None = None,
+    data: dict[str, Any] | None = None,
 ) -> None:
     """Write `<output_dir>/checkpoint-<step>`, under the name `checkpoint-<step>.partial` until it is complete.
 
@@ -252,6 +256,7 @@ def save_checkpoint(
         progress (`dict`): How far the run is: `step`, and whatever else [`load_checkpoint`] is to return. For JSON.
         arguments (`dict`): The run's arguments, all that its result depends on; [`load_checkpoint`] compares them.
         total_limit (`int`, *optional*): Keep only so many checkpoints, the newest, and delete the others.
+        data (`dict`, *optional*): What the run found its data to be; [`load_checkpoint`] compares it too.
 
     Raises:
         `OSError`: the checkpoint cannot be written: a full disk, no permission. What was written of it is removed, and
@@ -262,6 +267,7 @@ def save_checkpoint(
     partial = final.with_name(final.name + ".partial")
     record = progress | {
         "arguments": _as_json(arguments),
+        "data": _as_json(data or {}),
         "launch": _launch(accelerator),
         "git_revision": git_revision(),
         "versions": library_versions(),
@@ -323,6 +329,7 @@ def load_checkpoint(
     output_dir: str | Path,
     resume_from_checkpoint: str | Path,
     arguments: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Restore what [`save_checkpoint`] wrote into the same prepared and registered objects. For every process to call.
 
@@ -334,13 +341,14 @@ def load_checkpoint(
         resume_from_checkpoint (`str`): A checkpoint's folder, or `"latest"`: the newest finished one in `output_dir`.
             A damaged newest one is refused and not passed over: what it held would be lost without a word.
         arguments (`dict`, *optional*): The run's arguments now. By default they are not compared.
+        data (`dict`, *optional*): The run's data now. What is None, here or in the checkpoint, is not compared.
 
     Returns:
         The `progress` of the checkpoint, or None where `"latest"` finds none: the run then starts from the beginning.
 
     Raises:
         `ValueError`: the folder is not a finished checkpoint, is damaged (the file is named), is of another model, or
-            of a run with other arguments, processes or precision (each is named with both values).
+            of a run with other arguments, data, processes or precision (each is named with both values).
     """
     output_dir = Path(output_dir)
 
@@ -379,8 +387,9 @@ def load_checkpoint(
     folder = Path(folder)
     record = json.loads((folder / PROGRESS).read_text())
     saved = {name: record.pop(name) for name in ("arguments", "launch", "git_revision", "versions")}
+    saved["data"] = record.pop("data", {})  # which older checkpoints lack
     if arguments is not None:
-        _check_same_run(folder, saved, _as_json(arguments), _launch(accelerator))
+        _check_same_run(folder, saved, _as_json(arguments), _as_json(data or {}), _launch(accelerator))
     faults, error = _everywhere(accelerator, lambda: _load_state(accelerator, folder))
     if faults:
         raise ValueError(f"{folder} does not fit this run: {'; '.join(faults)}.") from error
@@ -395,14 +404,23 @@ def load_checkpoint(
     return record
 
 
-def _check_same_run(folder: Path, saved: dict[str, Any], arguments: dict[str, Any], launch: dict[str, Any]) -> None:
+def _check_same_run(
+    folder: Path, saved: dict[str, Any], arguments: dict[str, Any], data: dict[str, Any], launch: dict[str, Any]
+) -> None:
     """Refuse what would give other weights than the run that wrote the checkpoint.
 
-    A flag that only one of the two knows was added or removed with the version of the script and is let pass.
+    A flag that only one of the two knows was added or removed with the version of the script and is let pass. So is
+    what one of the two does not know of the data: the length of a stream may be known in one start only.
     """
+    data_before = {name: value for name, value in saved["data"].items() if value is not None}
+    data = {name: value for name, value in data.items() if value is not None}
     changes = [
         f"{prefix}{name} was {before[name]!r} and is {value!r}"
-        for prefix, before, now in (("--", saved["arguments"], arguments), ("", saved["launch"], launch))
+        for prefix, before, now in (
+            ("--", saved["arguments"], arguments),
+            ("", data_before, data),
+            ("", saved["launch"], launch),
+        )
         for name, value in now.items()
         if name not in CHANGEABLE and name in before and before[name] != value
     ]
@@ -439,7 +457,8 @@ class TrainingLog:
     """`<output_dir>/train_log.jsonl`: one JSON object a line, each with its `step`. Only the main process writes.
 
     A run that starts at step 0 starts the file anew. One that resumes appends, after dropping what the interrupted run
-    wrote beyond the checkpoint: every step is in the log once.
+    wrote beyond the checkpoint, and does not write again what is there of the checkpoint's own step, such as the last
+    validation of a finished run: every step is in the log once.
 
     Args:
         accelerator: Whose trackers, where it has any, get the numbers too.
@@ -448,7 +467,7 @@ class TrainingLog:
 
     def __init__(self, accelerator: "Accelerator", output_dir: str | Path, step: int):
         self._accelerator = accelerator
-        self._file = None
+        self._file, self._written = None, set()
         if not accelerator.is_main_process:
             return
         path = Path(output_dir) / "train_log.jsonl"
@@ -456,14 +475,21 @@ class TrainingLog:
         if path.is_file() and step > 0:
             for line in path.read_text().splitlines():
                 try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
+                    entry = json.loads(line)
                 except json.JSONDecodeError:  # the line that was being written when the run was killed
                     continue
+                if entry["step"] <= step:
+                    kept.append(line + "\n")
+                if entry["step"] == step:
+                    self._written.add(self._identity(entry))
         kept_path = path.with_name(path.name + ".partial")
         kept_path.write_text("".join(kept))
         kept_path.replace(path)
         self._file = path.open("a", buffering=1)
+
+    @staticmethod
+    def _identity(entry: dict[str, Any]) -> tuple:
+        return entry["step"], entry.get("kind"), entry.get("split")
 
     def write(self, entry: dict[str, Any], line: str) -> None:
         """Append `entry`, which has a `step`, and print `line`, which says the same to a person.
@@ -472,7 +498,8 @@ class TrainingLog:
         measure things of the same name.
         """
         if self._file is not None:
-            self._file.write(json.dumps(entry) + "\n")
+            if self._identity(entry) not in self._written:
+                self._file.write(json.dumps(entry) + "\n")
             print(line, flush=True)
         prefix = "".join(f"{entry[name]}/" for name in ("kind", "split") if name in entry)
         flat = {}
@@ -499,3 +526,62 @@ class TrainingLog:
         """Close the file; nothing can be written after that."""
         if self._file is not None:
             self._file.close()
+
+
+class LogWindow:
+    """What training measured since the last line of the log: sums, to be saved with a checkpoint between two lines.
+
+    Sums are in float64, so that the mean of one step is that step's number to the bit.
+
+    Args:
+        accelerator: The run's.
+        state (`dict`, *optional*): From [`state`], of the run that is resumed. By default nothing has been measured.
+
+    Attributes:
+        images (`int`): Images read, those of steps that were left out too.
+    """
+
+    def __init__(self, accelerator: "Accelerator", state: dict[str, Any] | None = None):
+        self._accelerator = accelerator
+        self.clear()
+        if state is None:
+            return
+        self.images, self._seconds, self._counts = state["images"], state["seconds"], dict(state["counts"])
+        for name, sums in state["sums"].items():
+            own = sums[accelerator.process_index]
+            self._sums[name] = torch.tensor(own, dtype=torch.float64, device=accelerator.device)
+
+    def clear(self) -> None:
+        """Begin the next line."""
+        self.images, self._seconds, self._started = 0, 0.0, time.monotonic()
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Count in this process's numbers of a step, scalars or vectors. Which there are may differ by step."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0) + value.double()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float | list[float]]:
+        """Means over processes and the steps that have the number; empty without steps. For every process to call."""
+        means = {name: value / self._counts[name] for name, value in self._sums.items()}
+        return {name: self._accelerator.reduce(mean, "mean").tolist() for name, mean in means.items()}
+
+    def seconds(self) -> float:
+        """Seconds since the last line, without those in [`paused`]."""
+        return self._seconds + (0.0 if self._started is None else time.monotonic() - self._started)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock: validation and checkpoints are no training."""
+        self._seconds, self._started = self.seconds(), None
+        try:
+            yield
+        finally:
+            self._started = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """All of it, of all processes, for JSON. For every process to call."""
+        sums = {name: self._accelerator.gather(value[None]).tolist() for name, value in self._sums.items()}
+        return {"images": self.images, "seconds": self.seconds(), "counts": self._counts, "sums": sums}

@@ -167,6 +167,39 @@ def local_state(paths: Sequence[str]) -> str | None:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] if lines else None
 
 
+def digest_of_rows(
+    dataset: "datasets.Dataset", image_column: str, conditions: Iterable | None = None, num_rows: int = 256
+) -> str:
+    """SHA-256 of what a run trains on, to tell when its data have changed: the number of rows, all `conditions`
+    (captions or labels), and the images, or codes, of `num_rows` rows spread evenly over the data set.
+
+    Of the bytes alone: names, times and the version of `datasets` make no difference, so that a copy is the same.
+    """
+    digest = hashlib.sha256(f"{len(dataset)}".encode())
+    for condition in () if conditions is None else conditions:
+        digest.update(f"\0{condition}".encode())
+    is_encoded = CODES_COLUMN in dataset.column_names
+    column = CODES_COLUMN if is_encoded else image_column
+    rows = dataset.select_columns([column])
+    rows = rows if is_encoded else undecoded(rows, column)
+    for i in np.linspace(0, len(dataset) - 1, min(len(dataset), num_rows)).round().astype(int).tolist():
+        value = rows[i][column]
+        digest.update(np.asarray(value, dtype=np.int64).tobytes() if is_encoded else _bytes_of(value))
+    return digest.hexdigest()
+
+
+def _bytes_of(value: dict | None) -> bytes:
+    """Of an undecoded image; none of one that is missing."""
+    value = value or {}
+    if value.get("bytes") is not None or value.get("path") is None:
+        return value.get("bytes") or b""
+    try:
+        with open(value["path"], "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
 def cache_folder(state: str | None) -> str | None:
     """Where `datasets` is to keep its copy of local files in this state; None is its usual place."""
     import datasets
@@ -232,13 +265,23 @@ class SkippedRows:
     def __init__(self, name: str = "the data set", shown: int = 10):
         self.name, self.shown = name, shown
         self.rows: dict[str, dict[str, None]] = {}
+        self._in_epoch: dict[str, tuple[int, int]] = {}  # by reason: an epoch, and how many rows of it
 
-    def add(self, reason: str, row: str) -> None:
-        """Leave out `row`; a second time changes nothing."""
+    def add(self, reason: str, row: str, epoch: int | None = None) -> None:
+        """Leave out `row`; a second time changes nothing.
+
+        With `epoch`, of a row that is named differently in each: the epoch that leaves out most rows counts.
+        """
         rows = self.rows.setdefault(reason, {})
-        if row in rows:
+        key = row
+        if epoch is not None:
+            last, count = self._in_epoch.get(reason, (epoch, 0))
+            count = count + 1 if epoch == last else 1
+            self._in_epoch[reason] = epoch, count
+            key = f"number {count} of an epoch"
+        if key in rows:
             return
-        rows[row] = None
+        rows[key] = None
         if len(rows) <= self.shown:
             more = " (further ones are only counted)" if len(rows) == self.shown else ""
             print(f"Skipped: {reason}, {row} of {self.name}{more}", flush=True)
@@ -612,7 +655,8 @@ class UsableRows:
         """Count it, or raise a `ValueError` where none was kept in the whole epoch before this one."""
         if self.last_epoch is None:
             self.last_epoch = place[0]
-        self.skipped.add(reason, streamed_name(row, place))
+        # Without a key a row has another name in each epoch.
+        self.skipped.add(reason, streamed_name(row, place), None if "__key__" in row else place[0])
         if place[0] > self.last_epoch + 1:
             raise ValueError(f"The streamed data set has none but {reason} in all of epoch {self.last_epoch + 1}.")
 

@@ -11,6 +11,22 @@ class FlagHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHe
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class StoreGiven(argparse.Action):
+    """The usual action, which also notes in the namespace's `_given` that its flag was on the command line."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        namespace._given = {*getattr(namespace, "_given", ()), self.dest}
+
+
+class SwitchGiven(argparse.BooleanOptionalAction):
+    """`--switch` and `--no-switch`, noted as by [`StoreGiven`]."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        super().__call__(parser, namespace, values, option_string)
+        namespace._given = {*getattr(namespace, "_given", ()), self.dest}
+
+
 def add_model_flags(
     parser: argparse.ArgumentParser, components: str, pipelines: dict[str, str], other_sizes: str
 ) -> argparse._ArgumentGroup:
@@ -111,23 +127,24 @@ def add_flip_and_crop_flags(group, random_flip: bool, random_crop: bool) -> None
     """How an image may look to the RQ-VAE."""
     group.add_argument(
         "--random_flip",
-        action=argparse.BooleanOptionalAction,
+        action=SwitchGiven,
         default=random_flip,
         help="Mirror half of the images, chosen anew each epoch (RQ-VAE authors: on ImageNet).",
     )
     group.add_argument(
         "--random_crop",
-        action=argparse.BooleanOptionalAction,
+        action=SwitchGiven,
         default=random_crop,
         help="A random square of the resized image instead of the center (RQ-VAE authors: on ImageNet).",
     )
 
 
 def add_view_flags(group, random_flip: bool, random_crop: bool) -> None:
-    """How an image may look when it is encoded."""
+    """How an image may look when it is encoded. Which of them were given is noted: codes of a data set have no say."""
     add_flip_and_crop_flags(group, random_flip, random_crop)
     group.add_argument(
         "--tau",
+        action=StoreGiven,
         type=float,
         default=0.0,
         help="Draw codes from softmax(-distance^2 / tau) instead of taking the nearest. The authors' "
@@ -135,6 +152,7 @@ def add_view_flags(group, random_flip: bool, random_crop: bool) -> None:
     )
     group.add_argument(
         "--num_draws",
+        action=StoreGiven,
         type=int,
         default=1,
         help="Views that a cache keeps of each image, with another crop and other codes each; with "
@@ -256,6 +274,15 @@ def check_flags(args: argparse.Namespace) -> None:
     sources = [name for name in ("dataset_name", "train_data_dir") if getattr(args, name) is not None]
     if len(sources) == 2 or (args.train_data_dir is not None and args.data_files is not None):
         raise ValueError("Give only one of --dataset_name, --train_data_dir and --data_files (or the first and last).")
+    if getattr(args, "num_draws", 1) > 1 and not args.random_crop and args.tau == 0:
+        raise ValueError(
+            f"--num_draws must be 1 without --random_crop and --tau: all {args.num_draws} would be equal."
+        )
+    names = getattr(args, "validation_split", None)
+    if getattr(args, "validation_data_files", None) is not None and names not in (None, ["validation"]):
+        raise ValueError(
+            f"--validation_split must be left out with --validation_data_files, which are the split, got {names}."
+        )
     if args.filter_column is not None and args.filter_min is None and args.filter_max is None:
         raise ValueError("--filter_column must come with --filter_min or --filter_max, got neither.")
     if args.filter_column is None and (args.filter_min is not None or args.filter_max is not None):

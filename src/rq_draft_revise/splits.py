@@ -1,6 +1,7 @@
 """The data of a run from its flags: training and validation splits, for the second stage as codes and conditions."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,16 @@ import torch
 
 from .batches import Batch, image_batches, stored_batches, streamed_batches
 from .code_cache import cached_codes, codes_in_dataset, codes_in_memory, digest_of, encoded_rows
-from .data import CODES_COLUMN, VAE_COLUMN, SkippedRows, load_split, split_names, undecoded, without_empty
+from .data import (
+    CODES_COLUMN,
+    VAE_COLUMN,
+    SkippedRows,
+    digest_of_rows,
+    load_split,
+    split_names,
+    undecoded,
+    without_empty,
+)
 from .rqvae import RQVAEModel
 from .validation import ValidationSet
 from .waiting import main_process_first
@@ -95,6 +105,34 @@ def check_codes_column(dataset, vae: RQVAEModel, config) -> None:
         raise ValueError(f"Column {CODES_COLUMN!r} must hold codes of this --vae, got those of another RQ-VAE.")
 
 
+def check_no_views(args) -> None:
+    """Refuse, with a `ValueError`, flags of views on the command line where the codes have been drawn already."""
+    given = sorted({"tau", "num_draws", "random_crop", "random_flip"} & set(getattr(args, "_given", ())))
+    if given:
+        values = ", ".join(f"--{name} = {getattr(args, name)}" for name in given)
+        raise ValueError(
+            f"{' and '.join(f'--{name}' for name in given)} must not be given for a data set of codes (column "
+            f"{CODES_COLUMN!r}), got {values}: its views were drawn by examples/encode_dataset.py."
+        )
+
+
+@dataclass
+class BatchSource:
+    """Where the batches of a run come from. Called, it gives them.
+
+    Args:
+        batches_from: From the images that all processes have read and the place of this process in a stream to its
+            endless batches after that.
+        digest (`str`, *optional*): Of the data, see [`digest_of_rows`]; None of a stream.
+    """
+
+    batches_from: Callable[[int, tuple[int, int]], Iterator[Batch]]
+    digest: str | None = None
+
+    def __call__(self, images_seen: int, place: tuple[int, int]) -> Iterator[Batch]:
+        return self.batches_from(images_seen, place)
+
+
 def training_batches(
     args,
     accelerator: "Accelerator",
@@ -104,21 +142,24 @@ def training_batches(
     condition_column: str | None,
     encode_conditions: EncodeConditions | None,
     skipped: SkippedRows,
-) -> tuple[Callable[[int, tuple[int, int]], Iterator[Batch]], int | None]:
+) -> tuple[BatchSource, int | None]:
     """Where batches come from: a stream, a data set of codes, codes cached in memory, or images as they are needed.
 
     Args:
         config: The transformer's.
 
     Returns:
-        A function from the images read so far and the place in a stream to the batches after that, and the number of
-        training images, if known.
+        The source, and the number of training images, if known.
+
+    Raises:
+        `ValueError`: codes of another RQ-VAE or shape, flags of views for codes, a stream that is to be cached.
     """
     import datasets
 
     is_encoded = CODES_COLUMN in dataset.features if dataset.features is not None else False
     if is_encoded:
         check_codes_column(dataset, vae, config)
+        check_no_views(args)
     common = dict(batch_size=args.train_batch_size, seed=args.seed, accelerator=accelerator)
     views = dict(random_flip=args.random_flip, random_crop=args.random_crop, tau=args.tau)
     images = dict(image_column=args.image_column, resolution=args.resolution, num_workers=args.dataloader_num_workers)
@@ -134,12 +175,14 @@ def training_batches(
                 skipped=skipped, **images, **views, **common,
             )  # fmt: skip
 
-        return batches_from, num_streamed(dataset, args)
+        return BatchSource(batches_from), num_streamed(dataset, args)
 
-    conditions = None
+    conditions = values = None
     if condition_column is not None:
         dataset = without_empty(dataset, condition_column, skipped)
-        conditions = encode_conditions(dataset[condition_column][:])
+        values = dataset[condition_column][:]
+        conditions = encode_conditions(values)
+    digest = digest_of_rows(dataset, args.image_column, values)
 
     if not is_encoded and not args.cache_codes:
 
@@ -148,7 +191,7 @@ def training_batches(
                 dataset, conditions, vae, start=images_seen, skipped=skipped, **images, **views, **common
             )
 
-        return batches_from, len(dataset)
+        return BatchSource(batches_from, digest), len(dataset)
 
     if is_encoded:
         read_codes, num_images = codes_in_dataset(dataset), len(dataset)
@@ -163,7 +206,7 @@ def training_batches(
     def batches_from(images_seen: int, place: tuple[int, int]) -> Iterator[Batch]:
         return stored_batches(read_codes, conditions, num_images, images_seen, **common)
 
-    return batches_from, num_images
+    return BatchSource(batches_from, digest), num_images
 
 
 def num_streamed(dataset: "datasets.IterableDataset", args) -> int | None:

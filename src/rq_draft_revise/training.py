@@ -2,9 +2,7 @@
 
 import inspect
 import math
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +12,8 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Pro
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from .batches import Batch
 from .budget import Budget, learning_rate_at
-from .checkpoints import TrainingLog, load_checkpoint, save_checkpoint
+from .checkpoints import LogWindow, TrainingLog, load_checkpoint, save_checkpoint
 from .contextual_rq_transformer import ContextualRQTransformerModel
 from .data import SkippedRows
 from .divergence import NonFiniteGuard
@@ -30,6 +27,7 @@ from .publishing import create_repository
 from .rq_transformer import RQTransformerModel
 from .rqvae import RQVAEModel
 from .scheduling_draft_and_revise import DraftAndReviseScheduler
+from .splits import BatchSource
 from .validation import ValidationSet, autoregressive_loss, sample_images, save_grid, validation_loss
 
 
@@ -92,12 +90,19 @@ def run_length(args, accelerator: Accelerator, num_images: int | None) -> tuple[
     return total_batch_size, math.ceil(args.num_train_epochs * num_images / total_batch_size)
 
 
-def load_progress(args, accelerator: Accelerator) -> tuple[dict[str, Any], tuple[int, int]]:
+def load_progress(
+    args, accelerator: Accelerator, data: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], tuple[int, int]]:
     """How far the run is, from `resume_from_checkpoint` if that names or finds one, and this process's place in a
-    stream. Restores everything that is prepared or registered."""
-    progress = {"step": 0, "images": 0, "epoch": 0, "seconds": 0.0, "skipped_steps": 0, "places": None}
+    stream. Restores everything that is prepared or registered.
+
+    Args:
+        data (`dict`, *optional*): What must be as it was, see [`load_checkpoint`].
+    """
+    progress = {"step": 0, "images": 0, "epoch": 0, "seconds": 0.0, "skipped_steps": 0, "places": None, "window": None}
     if args.resume_from_checkpoint is not None:
-        progress |= load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint, vars(args)) or {}
+        loaded = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint, vars(args), data)
+        progress |= loaded or {}
     places = progress["places"]
     return progress, (0, 0) if places is None else tuple(places[accelerator.process_index])
 
@@ -196,7 +201,8 @@ def sampler_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def check_resolution(args, vae: RQVAEModel, transformer) -> None:
     """Set the default of `--resolution`; refuse, with a `ValueError`, one whose code map is not the transformer's."""
-    args.resolution = args.resolution or vae.config.sample_size
+    if args.resolution is None:
+        args.resolution = vae.config.sample_size
     config, scale = transformer.config, vae.spatial_scale_factor
     covered = (config.height * scale, config.width * scale)
     if covered != (args.resolution, args.resolution):
@@ -284,7 +290,7 @@ def train(
     accelerator: Accelerator,
     pipeline: "DiffusionPipeline",
     condition_name: str | None,
-    batches_from: Callable[[int, tuple[int, int]], Iterator[Batch]],
+    batches_from: BatchSource,
     num_images: int | None,
     validation_sets: dict[str, ValidationSet],
     sample_condition: dict[str, list],
@@ -300,8 +306,7 @@ def train(
         args: The flags of [`add_training_flags`]; they say what each is.
         pipeline: With the transformer as initialised, equal in all processes, and the frozen RQ-VAE.
         condition_name (`str`, *optional*): `"class_labels"` or `"input_ids"`, the transformer's argument.
-        batches_from: From the number of images that all processes have read, and the place of this process in a
-            stream, to this process's endless micro-batches after that.
+        batches_from: Where this process's endless micro-batches come from.
         num_images (`int`, *optional*): Training images, if known.
         validation_sets: By name.
         sample_condition: The pipeline's argument for the sample grid, see [`sample_images`].
@@ -348,7 +353,8 @@ def train(
 
     # 2. Length of the run
     total_batch_size, max_train_steps = run_length(args, accelerator, num_images)
-    progress, place = load_progress(args, accelerator)
+    data = {"num_images": num_images, "max_train_steps": max_train_steps, "data_digest": batches_from.digest}
+    progress, place = load_progress(args, accelerator, data)
     step, images_seen = progress["step"], progress["images"]
     log = TrainingLog(accelerator, output_dir, step)
     accelerator.print(
@@ -402,8 +408,8 @@ def train(
         epoch = images_seen // num_images if num_images else place[0]
         places = None if batch.place is None else gathered(place, accelerator)
         progress = {"step": step, "images": images_seen, "epoch": epoch, "seconds": budget.elapsed(),
-                    "skipped_steps": guard.num_skipped, "places": places}  # fmt: skip
-        save_checkpoint(accelerator, output_dir, progress, vars(args), args.checkpoints_total_limit)
+                    "skipped_steps": guard.num_skipped, "places": places, "window": window.state()}  # fmt: skip
+        save_checkpoint(accelerator, output_dir, progress, vars(args), args.checkpoints_total_limit, data)
 
     # 4. Training
     guard = NonFiniteGuard(accelerator, args.max_nonfinite_steps)
@@ -413,7 +419,7 @@ def train(
     num_parts = accelerator.num_processes * args.gradient_accumulation_steps
     batches = batches_from(images_seen, place)
     generator = torch.Generator()
-    sums, window_steps, window_started = defaultdict(float), 0, time.monotonic()
+    window = LogWindow(accelerator, progress["window"])
     bar = tqdm(total=max_train_steps, initial=step, unit="step", disable=None if accelerator.is_main_process else True,
                bar_format="{desc}{n_fmt}/{total_fmt} steps {postfix}")  # fmt: skip
     interrupted = False
@@ -470,18 +476,15 @@ def train(
                 optimizer.step()
                 if ema is not None:
                     ema.step(parameters)
-                for name, value in {**losses, "grad_norm": grad_norm}.items():
-                    value = torch.as_tensor(value, device=accelerator.device)
-                    sums[name] += value.full_tensor() if hasattr(value, "full_tensor") else value
-                window_steps += 1
+                values = {**losses, "grad_norm": torch.as_tensor(grad_norm, device=accelerator.device)}
+                window.add({k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in values.items()})
             optimizer.zero_grad()
             step += 1
             images_seen += total_batch_size
+            window.images += total_batch_size
 
             if step % args.logging_steps == 0:
-                means = {name: accelerator.reduce(value / window_steps, "mean").item() for name, value in sums.items()}
-                seconds = time.monotonic() - window_started
-                rate = args.logging_steps * total_batch_size / seconds
+                means, rate = window.means(), window.images / window.seconds()
                 left = budget.time_left(step)
                 bar.update(step - bar.n)
                 bar.set_postfix_str(f"{rate:.1f} images/s, {left} left")
@@ -492,15 +495,14 @@ def train(
                     f"step {step}/{max_train_steps} images {images_seen:,} {rate:.1f}/s, {left} left, lr "
                     f"{learning_rate:.2e} {losses_line(means)}",
                 )
-                sums, window_steps, window_started = defaultdict(float), 0, time.monotonic()
+                window.clear()
 
-            pause_started = time.monotonic()
-            if step % args.validation_steps == 0:
-                validate()
-            interrupted = stop.requested()
-            if step % args.checkpointing_steps == 0 or interrupted:
-                checkpoint()
-            window_started += time.monotonic() - pause_started  # images/s is the speed of training alone
+            with window.paused():  # images/s is the speed of training alone
+                if step % args.validation_steps == 0:
+                    validate()
+                interrupted = stop.requested()
+                if step % args.checkpointing_steps == 0 or interrupted:
+                    checkpoint()
             if interrupted:
                 break
     bar.close()
@@ -512,6 +514,11 @@ def train(
     else:
         if step % args.validation_steps != 0:
             validate()
+        if step < args.lr_warmup_steps:
+            accelerator.print(
+                f"Warning: the run ended within its warm-up: it had {step:,} steps, and --lr_warmup_steps is "
+                f"{args.lr_warmup_steps:,}."
+            )
         training = (
             f"{step:,} steps of {total_batch_size:,} images ({images_seen:,} in all), AdamW, learning rate "
             f"{args.learning_rate:g} ({args.lr_scheduler}), weights averaged with decay {args.ema_decay:g}; "
