@@ -543,13 +543,15 @@ class LogWindow:
 
     def __init__(self, accelerator: "Accelerator", state: dict[str, Any] | None = None):
         self._accelerator = accelerator
+        # Apple's GPUs have no float64
+        self._dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self.clear()
         if state is None:
             return
         self.images, self._seconds, self._counts = state["images"], state["seconds"], dict(state["counts"])
         for name, sums in state["sums"].items():
             own = sums[accelerator.process_index]
-            self._sums[name] = torch.tensor(own, dtype=torch.float64, device=accelerator.device)
+            self._sums[name] = torch.tensor(own, dtype=self._dtype, device=accelerator.device)
 
     def clear(self) -> None:
         """Begin the next line."""
@@ -560,7 +562,7 @@ class LogWindow:
     def add(self, values: dict[str, torch.Tensor]) -> None:
         """Count in this process's numbers of a step, scalars or vectors. Which there are may differ by step."""
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0) + value.double()
+            self._sums[name] = self._sums.get(name, 0) + value.to(self._dtype)
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float | list[float]]:
