@@ -48,8 +48,8 @@ def time_sampling(args) -> dict:
         condition["prompt"] = [args.prompt] * args.batch_size
         naive = condition_ids(transformer, pipe.tokenizer, prompt=condition["prompt"], device=device)
     elif transformer.config.num_classes is not None:
-        condition["class_labels"] = list(range(args.batch_size))
-        naive["class_labels"] = torch.arange(args.batch_size, device=device)
+        naive["class_labels"] = torch.arange(args.batch_size, device=device) % transformer.config.num_classes
+        condition["class_labels"] = naive["class_labels"].tolist()
     null = {name: torch.full_like(value, transformer.null_condition_id) for name, value in naive.items()}
     steps = args.num_inference_steps or scheduler.config.num_inference_steps
 

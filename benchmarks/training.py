@@ -111,6 +111,7 @@ def time_training(args, folder: Path, rate: float) -> dict:
     """Figures of one pipeline; only its configs are read, the weights are random."""
     device, batch_size = torch.device(args.device), args.batch_size
     torch.manual_seed(0)
+    limits.reset_peak_memory(device)
     vae = RQVAEModel.from_config(RQVAEModel.load_config(folder / "vae")).to(device).eval().requires_grad_(False)
     transformer = transformer_of(folder)
     is_contextual = isinstance(transformer, ContextualRQTransformerModel)
@@ -157,9 +158,13 @@ def time_training(args, folder: Path, rate: float) -> dict:
     # The two versions in turn, so that a machine that slows down slows down both.
     masked, whole = Stopwatch(device), Stopwatch(device)
     num_masked = []
-    for _ in range(args.steps + 2):
+    for _ in range(2):
+        step(masked)
+    memory = limits.peak_memory(device)  # before the other version has had its turn
+    for _ in range(2 * is_contextual):
+        step(whole, every)
+    for _ in range(args.steps):
         num_masked.append(step(masked))
-        memory = limits.peak_memory(device)  # before the other version has had its turn, in the first round
         if is_contextual:
             step(whole, every)
     for watch in (masked, whole):
@@ -168,7 +173,7 @@ def time_training(args, folder: Path, rate: float) -> dict:
     passes = ("forward", "backward")
     train_seconds = sum(parts[name] for name in (*passes, "optimizer"))
     if is_contextual:
-        operations = flops.teacher_forcing(config, batch_size, np.mean(num_masked[2:]), trained=True)
+        operations = flops.teacher_forcing(config, batch_size, np.mean(num_masked), trained=True)
         most = flops.teacher_forcing(config, batch_size, batch_size * transformer.num_positions, trained=True)
         time_ratio = sum(parts[name] for name in passes) / sum(whole.medians()[name] for name in passes)
         beside_all = {

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from rq_draft_revise import DraftAndRevisePipeline
+from rq_draft_revise.images import to_rgb
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -147,9 +148,10 @@ def open_images(pipe: DraftAndRevisePipeline, args: argparse.Namespace) -> list[
     for path in args.images:
         try:
             with Image.open(path) as image:
-                images.append(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
-        except OSError as error:  # missing, unreadable, cut short, or no image
-            raise SystemExit(f"error: cannot read the image {path}: {error.strerror or error}") from None
+                images.append(to_rgb(image).resize(size, Image.Resampling.LANCZOS))
+        except (OSError, ValueError) as error:  # missing, unreadable, cut short, or no image
+            reason = getattr(error, "strerror", None) or error
+            raise SystemExit(f"error: cannot read the image {path}: {reason}") from None
     return images
 
 
@@ -163,9 +165,13 @@ def refusals_in_one_line() -> Iterator[None]:
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a sheet in place of an older one, which stays where that fails."""
+    aside = path.with_name(f".{path.name}.partial")
     try:
-        sheet.save(path, optimize=True)
+        sheet.save(aside, format="PNG", optimize=True)
+        aside.replace(path)
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise SystemExit(f"error: cannot write {path}: {error.strerror or error}") from None
 
 

@@ -368,6 +368,8 @@ def evaluate(args: argparse.Namespace) -> None:
     """Print the table of accuracies and write all that belongs to it as JSON."""
     for path in filter(None, (args.output, args.grid)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)  # before the long work, not after it
+    if args.grid and Path(args.grid).suffix.lower() not in PIL.Image.registered_extensions():
+        raise ValueError(f"--grid must end as an image's file does, such as in .png, got {args.grid!r}.")
     # (`datasets.load_dataset` by itself would return what it once read from a folder of this name, rebuilt or not.)
     scenes = datasets.DatasetDict({split: load_split(split, dataset_name=args.dataset) for split in SPLITS})
     kept_at = Path(args.classifier or f"{args.dataset.rstrip('/')}-classifier.safetensors")
@@ -387,9 +389,6 @@ def evaluate(args: argparse.Namespace) -> None:
     counts = {group: scores[group]["draft"]["object"]["count"] for group in scores}
     print("Per cent ± binomial standard error.", end=" ")
     print(f"{counts['seen']} sampled images of seen pairs, {counts['held_out']} of held-out pairs.")
-    if args.grid:
-        draw_grid(grid_columns(scenes, first_images)).save(args.grid)
-
     versions = {
         package.__name__: package.__version__ for package in (rq_draft_revise, torch, diffusers, datasets, np, PIL)
     }
@@ -409,3 +408,5 @@ def evaluate(args: argparse.Namespace) -> None:
         "versions": {"python": platform.python_version()} | versions,
     }
     write_json(Path(args.output), results)
+    if args.grid:
+        draw_grid(grid_columns(scenes, first_images)).save(args.grid)

@@ -33,13 +33,15 @@ def curve(cells: dict[str, dict], names: dict[int, str], figure: str) -> dict[st
 
 def main(args):
     results = json.loads(Path(args.results).read_text(encoding="utf-8"))
+    if "figure-1" not in results.get("arguments", {}).get("parts", []) or "cells" not in results:
+        raise ValueError(
+            f"`results` must be of reproduce_tables.py with the part figure-1, and {args.results} is not."
+        )
     cells, revised = results["cells"], results["paper_sampler"]["num_revisions"]
     steps = sorted(
         int(name.split("-")[1].split(",")[0]) for name in cells if name.startswith("random-") and "M 0" in name
     )
     revisions = sorted(int(name.split("M ")[1]) for name in cells if name.startswith("random-64, "))
-    if len(steps) < 2:
-        raise ValueError(f"`results` must be of a run with the part figure-1, and {args.results} is not.")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
     for m, label in ((0, "draft"), (revised, f"after {revised} revisions")):

@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 
 from rq_draft_revise.budget import Budget, learning_rate_at
 from rq_draft_revise.data import decoded_rows, load_split, to_pixel_values, training_order
+from rq_draft_revise.divergence import NonFiniteGuard
 from rq_draft_revise.features import ImageClassifierModel
 from rq_draft_revise.waiting import main_process_first
 
@@ -158,7 +159,8 @@ def main(args):
     )
 
     budget = Budget(accelerator, max_train_steps, args.max_train_seconds)
-    step, total, started = 0, 0.0, time.monotonic()
+    guard = NonFiniteGuard(accelerator, max_in_row=10)
+    step, total, started = 0, torch.zeros((), device=device), time.monotonic()
     while (fraction := budget.fraction_used(step)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, fraction, args.learning_rate, warmup_steps=args.lr_warmup_steps)
@@ -169,17 +171,18 @@ def main(args):
         with accelerator.autocast():
             logits = model(batch).logits
         loss = F.cross_entropy(logits.float(), labels[indices].to(device), label_smoothing=args.label_smoothing)
-        optimizer.zero_grad()
         accelerator.backward(loss)
-        optimizer.step()
+        if guard.accepts(loss.detach(), accelerator.clip_grad_norm_(classifier.parameters(), math.inf)):
+            optimizer.step()
+            total += loss.detach()
+        optimizer.zero_grad()
         step += 1
-        total += loss.detach()
         if step % args.logging_steps == 0:
             rate = args.logging_steps * total_batch_size / (time.monotonic() - started)
             accelerator.print(
                 f"step {step}/{max_train_steps} loss {total.item() / args.logging_steps:.4f} {rate:.0f}/s"
             )
-            total, started = 0.0, time.monotonic()
+            total, started = torch.zeros_like(total), time.monotonic()
 
     if accelerator.is_main_process:
         seconds = budget.elapsed()

@@ -183,7 +183,7 @@ def cached_codes(
             if not shares:
                 raise ValueError(f"`image_column` {image_column!r} has no readable image.")
             rows, order = torch.cat([share["rows"] for share in shares]).sort()
-            codes = torch.cat([share["codes"] for share in shares])[order]
+            codes = torch.from_numpy(torch.cat([share["codes"] for share in shares]).numpy()[order.numpy()])
             partial = path.with_name("codes.partial")
             save_file({"rows": rows, "codes": codes}, partial, metadata=metadata)
             partial.rename(path)
@@ -203,8 +203,15 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
 def codes_in_memory(codes: torch.Tensor) -> ReadCodes:
     """Read codes `(n, views, h, w, D)`: the view that a number in [0, 1) falls on."""
     num_views = codes.shape[1]
-    # Index first, widen after: the cache stays at two bytes a code.
-    return lambda rows, u: codes[rows, (u * num_views).long()].long()
+    return lambda rows, u: codes_at(codes, rows, (u * num_views).long())
+
+
+def codes_at(codes: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
+    """`codes[index]` as int64: indexed first and widened after, so that a cache stays at two bytes a code.
+
+    By numpy, as torch 2.8 indexes no uint16.
+    """
+    return torch.from_numpy(codes.numpy()[tuple(one.numpy() for one in index)].astype(np.int64))
 
 
 def codes_in_dataset(dataset: "datasets.Dataset") -> ReadCodes:

@@ -386,7 +386,8 @@ class RQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, ConfigMixin, P
         stacks = ("batch_size", config.height, config.width, config.code_depth)
         for name in ("codes", "labels"):
             check_tensor(name, others[name], stacks)
-        batch_size = next((len(value) for value in (codes, labels) if value is not None), "batch_size")
+        code_map = codes if labels is None else labels
+        batch_size = "batch_size" if code_map is None else len(code_map)
         rows = batch_size if guidance_scale is None else 2 * batch_size
         slots = self.prefix_length + self.num_positions - 1
         heads = (config.num_attention_heads, config.attention_head_dim)

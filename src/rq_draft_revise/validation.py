@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .code_cache import codes_at
 from .masks import random_mask
 
 
@@ -65,7 +66,7 @@ def validation_loss(
             own = own if weight else batch[:1]  # nothing left for this process: it runs along, and does not count
             if len(own) == 0:
                 continue
-            labels = validation_set.codes[own].to(accelerator.device).long()
+            labels = codes_at(validation_set.codes, own).to(accelerator.device)
             mask = masks[own].view(-1, height, width, 1).to(accelerator.device)
             out = model(
                 labels.masked_fill(mask, mask_token_id),
@@ -99,7 +100,7 @@ def autoregressive_loss(
         own = batch[accelerator.process_index :: accelerator.num_processes]
         weight = len(own)
         own = own if weight else batch[:1]
-        labels = validation_set.codes[own].to(accelerator.device).long()
+        labels = codes_at(validation_set.codes, own).to(accelerator.device)
         out = model(labels=labels, **_condition(condition_name, validation_set, own, accelerator))
         text_loss = 0.0 if out.text_loss is None else out.text_loss.item()
         sums += sums.new_tensor([out.image_loss.item() * weight, text_loss * weight, weight])
