@@ -715,6 +715,14 @@ def test_a_classifier_learns_and_is_a_feature_network(problem, tmp_path):
     assert ImageClassifierModel.load_config(tmp_path)["labels"] == ["dark", "light"]
 
 
+def test_a_classifier_that_diverges_ends_and_is_not_saved(problem, tmp_path):
+    flags = dict(data_files=problem / "train.parquet", test_split="none", resolution=8, learning_rate=1e8)
+    flags |= dict(train_batch_size=10, max_train_steps=40, lr_warmup_steps=0, block_channels=[8, 16])
+    with pytest.raises(RuntimeError, match="10 "):
+        train_classifier.main(train_classifier.parse_args(command_line(flags | dict(output_dir=tmp_path / "run"))))
+    assert not list(tmp_path.glob("run/*"))
+
+
 def test_a_shift_moves_each_image_by_whole_pixels():
     images = torch.arange(2 * 3 * 6 * 6).float().view(2, 3, 6, 6)
     shifted = train_classifier.shift(images, 2, torch.Generator().manual_seed(0))

@@ -101,6 +101,21 @@ def test_an_unwritable_output_is_found_before_sampling(generate, monkeypatch, tm
         assert str(output) in error_line(generate, "a cat", "--output", output)
 
 
+def test_a_sheet_that_cannot_be_saved_leaves_the_older_one(monkeypatch, tmp_path):
+    path, older = tmp_path / "sheet.png", Image.new("RGB", (8, 8), "red")
+    contact_sheet.save_sheet(older, path)
+    before = path.read_bytes()
+
+    def disk_is_full(self, file, **kwargs):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", disk_is_full)
+    with pytest.raises(SystemExit, match="cannot write .*No space left"):
+        contact_sheet.save_sheet(Image.new("RGB", (8, 8), "blue"), path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 def test_checking_the_output_leaves_nothing_new_and_nothing_old_changed(tmp_path):
     old = tmp_path / "old.png"
     old.write_bytes(b"an older sheet")

@@ -203,6 +203,17 @@ def test_figure_1_is_drawn_from_the_results(whole, tmp_path):
     assert pixels.shape[1] > 800 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
 
 
+def test_figure_1_is_not_drawn_from_another_run(whole, tmp_path):
+    results = json.loads((whole[0] / "results.json").read_text())
+    results["arguments"]["parts"] = ["table-3"]
+    for number, other in enumerate((results, {"scores": {}})):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=f"with the part figure-1, and .*{path.name} is not"):
+            plot_tables.main(plot_tables.parse_args([str(path), str(tmp_path / "figure.png")]))
+    assert not (tmp_path / "figure.png").exists()
+
+
 def test_bad_flags_are_named(problem, tmp_path):
     DraftAndReviseInpaintPipeline.from_pretrained(problem / "rq").save_pretrained(tmp_path / "inpaint")
     for flags, message in (
