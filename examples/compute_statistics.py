@@ -126,11 +126,9 @@ class PreparedImages(torch.utils.data.Dataset):
     def __getitem__(self, index):
         try:
             image = self.dataset[index][self.image_column]
+            return get_protocol(self.protocol_name).prepare(image, self.resolution)
         except (OSError, SyntaxError, ValueError) as error:  # an image left out would not be noticed in the figures
             raise ValueError(f"Image {index} of the data set cannot be read: {error}") from error
-        if image is None:
-            raise ValueError(f"Image {index} of the data set cannot be read: there is none in {self.image_column!r}.")
-        return get_protocol(self.protocol_name).prepare(image, self.resolution)
 
 
 def load_images(args) -> PreparedImages:

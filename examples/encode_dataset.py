@@ -63,10 +63,6 @@ def parse_args(argv=None):
                 f"both of {name!r}: encode them into two folders."
             )
         split_of[name] = split
-    if args.num_draws > 1 and not args.random_crop and args.tau == 0:
-        raise ValueError(
-            f"--num_draws must be 1 without --random_crop and --tau: all {args.num_draws} would be equal."
-        )
     check_flags(args)
     return args
 

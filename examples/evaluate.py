@@ -531,14 +531,14 @@ def load_reference(args, work, networks: Networks) -> ReferenceStatistics | None
         if not torch.isfinite(values).all():
             raise ValueError(f"--reference must be finite, got NaN or infinity in `{name}` of {args.reference}.")
     if "precision_recall" in args.metrics:
-        real = reference.features if reference.features is not None else reference.images
-        if real is None or len(real) < least["precision_recall"]:
+        if reference.num_features < least["precision_recall"]:
             raise ValueError(
                 f"--reference must hold features, or images, of at least {least['precision_recall']} real images for "
-                f"precision_recall, got {0 if real is None else len(real)}."
+                f"precision_recall, got {reference.num_features}."
             )
-        check_enough(len(real), "reference.images" if reference.features is None else "reference.features")
-        if reference.features is not None and check_features(real, "reference.features").shape[1] != dim:
+        real = reference.features
+        check_enough(reference.num_features, "reference.images" if real is None else "reference.features")
+        if real is not None and check_features(real, "reference.features").shape[1] != dim:
             raise ValueError(
                 f"--reference must hold features of {dim} numbers, those of --features {args.features}, got shape "
                 f"{tuple(real.shape)}."
