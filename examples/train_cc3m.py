@@ -123,7 +123,6 @@ def sample_prompts(validation_datasets, train_dataset, args):
 
 def main(args):
     accelerator = make_accelerator(args)
-    repo_id = open_output(args, accelerator)
 
     # 1. Models, before any data are fetched
     vae, transformer = load_models(args, accelerator)
@@ -134,6 +133,7 @@ def main(args):
     check_condition_dropout(args, transformer)
     check_resolution(args, vae, transformer)
     pipeline = load_pipeline(args, vae, transformer, tokenizer=tokenizer)
+    repo_id = open_output(args, accelerator)
 
     # 2. Data
     encode_captions = partial(

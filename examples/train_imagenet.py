@@ -95,7 +95,6 @@ def class_names(args, dataset, num_classes):
 
 def main(args):
     accelerator = make_accelerator(args)
-    repo_id = open_output(args, accelerator)
 
     # 1. Models, before any data are fetched
     vae, transformer = load_models(args, accelerator)
@@ -104,6 +103,7 @@ def main(args):
         raise ValueError("The transformer must have classes or no condition, got one of text: use train_cc3m.py.")
     check_condition_dropout(args, transformer)
     check_resolution(args, vae, transformer)
+    repo_id = open_output(args, accelerator)
 
     # 2. Data
     label_column = args.label_column if config.num_classes is not None else None

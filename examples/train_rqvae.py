@@ -332,8 +332,6 @@ def main(args):
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         # A hundred million parameters fit everywhere; the adaptive weight needs the decoder's last layer whole.
         raise ValueError(f"An RQ-VAE trains by data parallelism (DDP), got {accelerator.distributed_type.value}.")
-    repo_id = open_output(args, accelerator)
-    output_dir = Path(args.output_dir)
 
     # 1. Model
     if args.vae_config is not None:
@@ -391,6 +389,8 @@ def main(args):
         ema = AveragedWeights(rqvae.parameters(), args.ema_decay)
         ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
+    repo_id = open_output(args, accelerator)
+    output_dir = Path(args.output_dir)
 
     # 2. Data
     train_dataset, validation_datasets = load_splits(args, accelerator)

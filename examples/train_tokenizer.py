@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from rq_draft_revise.data import SkippedRows, is_empty, load_split
-from rq_draft_revise.flags import FlagHelp
+from rq_draft_revise.flags import FlagHelp, check_sources
 
 
 def parse_args(argv=None):
@@ -37,6 +37,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.dataset_name is None and args.train_data_dir is None and args.data_files is None:
         raise ValueError("Give the captions by --dataset_name, --train_data_dir or --data_files.")
+    check_sources(args)
     for name, smallest in (("vocab_size", 3), ("max_text_length", 1)):
         if getattr(args, name) < smallest:
             raise ValueError(f"--{name} must be at least {smallest}, got {getattr(args, name)}.")

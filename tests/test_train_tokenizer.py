@@ -51,7 +51,8 @@ def test_no_more_tokens_than_asked_for(tmp_path):
     for flag, value in (("vocab_size", "2"), ("max_text_length", "0")):
         with pytest.raises(ValueError, match=f"--{flag}.*got {value}"):
             trained(tmp_path, f"--{flag}", value)
-    with pytest.raises(ValueError, match="--dataset_name"):
-        train_tokenizer.parse_args(["--output_dir", "b"])
+    for source in ([], ["--dataset_name", "a", "--train_data_dir", "b"]):
+        with pytest.raises(ValueError, match="--dataset_name, --train_data_dir"):
+            train_tokenizer.parse_args([*source, "--output_dir", "c"])
     with pytest.raises(ValueError, match="caption_column.*'title'"):
         trained(tmp_path, "--caption_column", "title")

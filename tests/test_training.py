@@ -817,6 +817,7 @@ def test_a_flag_out_of_range_is_refused_by_name(script, flag, value, problem):
         ({"filter_column": "score"}, "--filter_min"),
         ({"filter_min": 0.5}, "--filter_column"),
         ({"num_draws": 2, "cache_codes": True}, "--num_draws must be 1 without --random_crop and --tau"),
+        ({"num_draws": 2, "random_crop": True}, "--num_draws must be 1 without --cache_codes.*got 2"),
         (
             {"data_files": "a.parquet", "validation_data_files": "b.parquet", "validation_split": "none"},
             r"--validation_split must be left out with --validation_data_files.*got \['none'\]",
@@ -869,6 +870,8 @@ def test_flags_of_views_are_refused_for_codes_and_their_defaults_are_not(script,
     for name, value in (("tau", 0.5), ("tau", 0.0), ("random_flip", True), ("no-random_crop", True), ("num_draws", 1)):
         with pytest.raises(ValueError, match=f"--{name.removeprefix('no-')} must not be given.*'codes'"):
             train(script, problem, tmp_path / "refused", **flags, **{name: value})
+    with pytest.raises(ValueError, match="--cache_codes must not be given.*'codes'"):
+        train(script, problem, tmp_path / "refused", **flags, cache_codes=True)
 
 
 def test_no_validation_images_are_no_grid_whatever_the_prompts(problem, tmp_path):
@@ -892,6 +895,7 @@ def test_a_tokenizer_of_more_words_than_the_transformer_knows_is_refused(problem
     (tmp_path / "config.json").write_text(json.dumps(config | {"text_vocab_size": len(WORDS) - 1}))
     with pytest.raises(ValueError, match=f"--tokenizer.*{len(WORDS) - 1}.*got {len(WORDS)}"):
         train("train_cc3m", problem, tmp_path / "output", transformer_config=tmp_path)
+    assert not (tmp_path / "output").exists()
 
 
 def test_more_classes_than_the_transformer_has_are_refused(problem, tmp_path):

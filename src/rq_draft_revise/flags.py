@@ -271,10 +271,14 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("ema_decay", "condition_dropout", "adam_beta1", "adam_beta2"):
         if getattr(args, name, None) is not None and not 0 <= getattr(args, name) < 1:
             raise ValueError(f"--{name} must lie in [0, 1), got {getattr(args, name)}.")
-    sources = [name for name in ("dataset_name", "train_data_dir") if getattr(args, name) is not None]
-    if len(sources) == 2 or (args.train_data_dir is not None and args.data_files is not None):
-        raise ValueError("Give only one of --dataset_name, --train_data_dir and --data_files (or the first and last).")
-    if getattr(args, "num_draws", 1) > 1 and not args.random_crop and args.tau == 0:
+    check_sources(args)
+    num_draws = getattr(args, "num_draws", 1)
+    if num_draws > 1 and not getattr(args, "cache_codes", True):
+        raise ValueError(
+            f"--num_draws must be 1 without --cache_codes, which keeps them, got {num_draws}: images that are encoded "
+            "as they are needed are drawn anew each time."
+        )
+    if num_draws > 1 and not args.random_crop and args.tau == 0:
         raise ValueError(
             f"--num_draws must be 1 without --random_crop and --tau: all {args.num_draws} would be equal."
         )
@@ -287,6 +291,12 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--filter_column must come with --filter_min or --filter_max, got neither.")
     if args.filter_column is None and (args.filter_min is not None or args.filter_max is not None):
         raise ValueError("--filter_column must say what --filter_min and --filter_max are about, got None.")
+
+
+def check_sources(args: argparse.Namespace) -> None:
+    """Refuse, with a `ValueError`, two places where the data could come from."""
+    if args.train_data_dir is not None and (args.dataset_name is not None or args.data_files is not None):
+        raise ValueError("Give only one of --dataset_name, --train_data_dir and --data_files (or the first and last).")
 
 
 def tracked(args: argparse.Namespace) -> dict:

@@ -106,7 +106,9 @@ def check_codes_column(dataset, vae: RQVAEModel, config) -> None:
 
 
 def check_no_views(args) -> None:
-    """Refuse, with a `ValueError`, flags of views on the command line where the codes have been drawn already."""
+    """Refuse, with a `ValueError`, flags on the command line that are about encoding, where it has been done."""
+    if args.cache_codes:
+        raise ValueError(f"--cache_codes must not be given for a data set of codes (column {CODES_COLUMN!r}).")
     given = sorted({"tau", "num_draws", "random_crop", "random_flip"} & set(getattr(args, "_given", ())))
     if given:
         values = ", ".join(f"--{name} = {getattr(args, name)}" for name in given)
