@@ -5,8 +5,9 @@
 
 The scripts are the real ones, on a tiny model and 22 images, and SIGKILL is the real one: nothing in a trainer knows
 of this test. Every other kill waits until a checkpoint is being written, which the folder tells; the others come at
-random times. What must be equal to the last bit: the exported weights; of the last checkpoint weights, averaged
-weights, optimizer and random states; and the log, but for what the clock has a part in.
+random times. A run that comes to its end with kills left is followed by another. What must be equal to the last bit,
+in each that is finished: the exported weights; of the last checkpoint weights, averaged weights, optimizer and random
+states; and the log, but for what the clock has a part in.
 """
 
 import argparse
@@ -165,8 +166,9 @@ class Trainer:
 
     def signal(self, number: int) -> None:
         for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)
+            if process.exitcode is None:  # the number of one that ended may be another program's by now
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
 
     def kill_when(self, reached: Callable[[Path], bool], timeout: float = 300.0) -> bool:
         """Watch the folder and kill the trainer once `reached(output_dir)`.
@@ -192,7 +194,7 @@ class Trainer:
             time.sleep(POLL)
             if time.monotonic() - started > timeout:
                 self.signal(signal.SIGKILL)
-                raise RuntimeError(f"No end after {timeout:.0f} seconds:\n{self.output.read_text()}")
+                raise RuntimeError(f"No end after {timeout:.0f} seconds:\n{self.said()}")
         self.finish()
         return False
 
@@ -202,9 +204,13 @@ class Trainer:
             process.join(timeout)
         if [process.exitcode for process in self.processes] != [0] * len(self.processes):
             self.signal(signal.SIGKILL)
-            raise RuntimeError(
-                f"exit codes {[process.exitcode for process in self.processes]}:\n{self.output.read_text()}"
-            )
+            raise RuntimeError(f"exit codes {[process.exitcode for process in self.processes]}:\n{self.said()}")
+
+    def said(self) -> str:
+        """What the processes wrote; one that dies while it starts has no file yet, and writes where this one does."""
+        if not self.output.is_file():
+            return f"No process came so far as to open {self.output}: what stopped it is on this terminal, above."
+        return self.output.read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------- moments
@@ -306,15 +312,23 @@ def differences(expected: Path, actual: Path, step: int) -> list[str]:
 
 
 def kill_repeatedly(context, script: str, problem: Path, folder: Path, args) -> dict:
-    """One script: the undisturbed run, then the one that is killed; returns the row of the report."""
+    """One script: the undisturbed run, then those that are killed; returns the row of the report."""
     length = (args.max_train_steps, args.checkpointing_steps)
     started = time.monotonic()
     Trainer(context, script, flags_of(script, problem, folder / "whole", *length), args.num_processes).finish()
     seconds = time.monotonic() - started
 
     generator = random.Random(args.seed)
-    phases, lost = Counter(), []
+    phases, lost, kills_of_runs, found = Counter(), [], [], []
     flags = flags_of(script, problem, folder / "killed", *length)
+
+    def compare() -> None:
+        """A finished run with the undisturbed one; then it makes room for the next."""
+        kills_of_runs.append(sum(phases.values()) - sum(kills_of_runs))
+        different = differences(folder / "whole", folder / "killed", args.max_train_steps)
+        found.extend(f"run {len(kills_of_runs)}: {each}" for each in different)
+        shutil.rmtree(folder / "killed")
+
     while sum(phases.values()) < args.kills:
         if sum(phases.values()) % 2:
             saved = steps_saved(folder / "killed")
@@ -330,19 +344,33 @@ def kill_repeatedly(context, script: str, problem: Path, folder: Path, args) -> 
                 return time.monotonic() > deadline
 
         if not Trainer(context, script, flags, args.num_processes).kill_when(reached):
-            shutil.rmtree(folder / "killed")  # at its end, with kills left: once more from the beginning
+            compare()  # at its end, with kills left: once more from the beginning
             continue
         phases[phase(folder / "killed")] += 1
         lost.append(steps_logged(folder / "killed") - steps_saved(folder / "killed"))
     Trainer(context, script, flags, args.num_processes).finish()
+    compare()
     return {
         "script": script,
         "num_processes": args.num_processes,
         "kills": sum(phases.values()),
         "phases": dict(phases),
         "most_steps_done_again": max(lost, default=0),
-        "differences": differences(folder / "whole", folder / "killed", args.max_train_steps),
+        "kills_of_compared_runs": kills_of_runs,  # 0: the run came to its end before its time
+        "differences": found,
     }
+
+
+def said_of(row: dict) -> str:
+    """The line of the report."""
+    where = ", ".join(f"{count} {name}" for name, count in sorted(row["phases"].items()))
+    runs, different = row["kills_of_compared_runs"], row["differences"]
+    return (
+        f"{row['script']}, {row['num_processes']} process(es): {row['kills']} kills ({where}), at most "
+        f"{row['most_steps_done_again']} steps done again; {len(runs)} finished run(s) compared, of "
+        f"{', '.join(map(str, runs))} kills: "
+        + (f"{len(different)} DIFFERENCES, {different[:5]}" if different else "equal to the bit")
+    )
 
 
 def main(argv=None):
@@ -355,13 +383,7 @@ def main(argv=None):
         for script in args.scripts:
             (Path(folder) / script).mkdir()
             rows.append(row := kill_repeatedly(context, script, problem, Path(folder) / script, args))
-            where = ", ".join(f"{count} {name}" for name, count in sorted(row["phases"].items()))
-            print(
-                f"{script}, {args.num_processes} process(es): {row['kills']} kills ({where}), at most "
-                f"{row['most_steps_done_again']} steps done again; "
-                + (f"DIFFERENT: {row['differences'][:5]}" if row["differences"] else "equal to the bit"),
-                flush=True,
-            )
+            print(said_of(row), flush=True)
     if args.output:
         Path(args.output).write_text(json.dumps(rows, indent=2) + "\n")
     sys.exit(any(row["differences"] for row in rows))

@@ -1,6 +1,7 @@
 """A training that is killed, or asked to stop, goes on to the very bits of the one that was left alone."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import kill_test
 import pytest
+import torch
 from kill_test import (
     Trainer,
     differences,
@@ -21,6 +23,7 @@ from kill_test import (
     steps_logged,
     steps_saved,
 )
+from safetensors.torch import save_file
 
 from rq_draft_revise.interruption import STOP_SIGNALS, StopSignal
 
@@ -132,6 +135,47 @@ def test_asked_to_stop_a_run_saves_ends_well_and_goes_on_to_the_same_bits(
     assert steps_logged(output_dir) == stopped
     Trainer(context, "train_rqvae", flags_of("train_rqvae", problem, output_dir, STEPS, EVERY), 2).finish()
     assert differences(run_whole("train_rqvae", 2), output_dir, STEPS) == []
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+
+def test_every_finished_run_is_compared(monkeypatch, tmp_path):
+    """Of three runs the second is another: it must be found, although the third is as it should be."""
+    ends = iter([True, False, True, True, False, True])  # killed, or at its end; after the last kill one more start
+    weights = iter([1.0, 1.0, 2.0, 1.0])  # the undisturbed run's, then those of the three
+
+    class Scripted:
+        def __init__(self, context, script, argv, num_processes):
+            self.output_dir = Path(argv[argv.index("--output_dir") + 1])
+
+        def kill_when(self, reached) -> bool:
+            killed = next(ends)
+            self.output_dir.mkdir(exist_ok=True)
+            if not killed:
+                self.finish()
+            return killed
+
+        def finish(self) -> None:
+            self.output_dir.mkdir(exist_ok=True)
+            save_file({"weight": torch.tensor([next(weights)])}, self.output_dir / "model.safetensors")
+            (self.output_dir / "train_log.jsonl").write_text('{"step": 8}\n')
+
+    monkeypatch.setattr(kill_test, "Trainer", Scripted)
+    args = kill_test.parse_args(["--kills", "4", "--max_train_steps", "8", "--checkpointing_steps", "2"])
+    row = kill_test.kill_repeatedly(None, "train_rqvae", tmp_path / "problem", tmp_path, args)
+    assert row["kills_of_compared_runs"] == [1, 2, 1] and row["kills"] == 4
+    assert row["differences"] == ["run 2: /model.safetensors: /weight"]
+    assert "3 finished run(s) compared, of 1, 2, 1 kills: 1 DIFFERENCES" in kill_test.said_of(row)
+    assert not (tmp_path / "killed").exists()
+
+
+def test_a_process_that_dies_before_it_opens_its_output_is_told_by_its_exit_code(monkeypatch, tmp_path):
+    monkeypatch.setattr(kill_test, "_train", lambda *arguments: os._exit(3))
+    argv = ["--output_dir", str(tmp_path / "run")]
+    for end in (Trainer.finish, lambda trainer: trainer.kill_when(lambda folder: False)):
+        with pytest.raises(RuntimeError, match=r"exit codes \[3\]:\nNo process came so far as to open .*run.txt"):
+            end(Trainer(multiprocessing.get_context("fork"), "train_rqvae", argv))
 
 
 # ------------------------------------------------------------------------------------------------------ one process
