@@ -17,10 +17,16 @@ def read_version() -> str:
     return match.group(1)
 
 
+def read_description() -> str:
+    """The README, whose links to files of the repository lead there from wherever it is shown."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(!\[[^\]]*\])\((?!https?:|#)", rf"\1({URL}/raw/main/", text)
+    return re.sub(r"(?<!\!)(\[[^\]]*\])\((?!https?:|#)", rf"\1({URL}/blob/main/", text)
+
+
 extras = {
-    "train": ["datasets", "tensorboard", "torchvision", "lpips", "peft"],
+    "train": ["datasets", "tensorboard", "torchvision", "lpips", "peft", "matplotlib"],
     "eval": ["evaluate", "torch-fidelity>=0.4", "datasets", "torchvision", "lpips"],  # before 0.4 precision was recall
-    "app": ["gradio"],
     # ruff lays out the signatures of the API pages; matplotlib draws the plots of the pages of results
     "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff", "matplotlib"],
     # setuptools: the packaging test builds a wheel without the network, and Python 3.12 environments come without it.
@@ -36,7 +42,7 @@ setup(
     name="rq_draft_revise",
     version=read_version(),
     description="Draft-and-Revise image generation with Contextual RQ-Transformer, as a diffusers pipeline",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=read_description(),
     long_description_content_type="text/markdown",
     author="The rq_draft_revise contributors",
     url=URL,
@@ -46,12 +52,13 @@ setup(
     keywords="image generation, diffusers, residual quantization, rq-vae, masked transformer, text-to-image",
     package_dir={"": "src"},
     packages=find_packages("src"),
+    package_data={"rq_draft_revise": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.8",
         "diffusers>=0.40",
         "transformers>=4.57",
-        "accelerate>=1.0",
+        "accelerate>=1.6",  # the first that knows FSDP2's settings
         "huggingface_hub",
         "safetensors",
         "numpy",

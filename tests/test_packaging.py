@@ -63,8 +63,8 @@ def test_the_wheel_works_in_another_environment_from_another_folder(wheel, tmp_p
 def test_the_wheel_holds_every_module_and_the_licence_and_nothing_else(wheel):
     names = set(run(sys.executable, "-m", "zipfile", "-l", wheel).split())
     packaged = {name for name in names if name.startswith("rq_draft_revise/")}
-    modules = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
-    assert packaged == modules
+    files = [path for pattern in ("*.py", "py.typed") for path in (ROOT / "src").rglob(pattern)]
+    assert packaged == {path.relative_to(ROOT / "src").as_posix() for path in files}
     assert any(name.endswith("/LICENSE") for name in names)
 
 

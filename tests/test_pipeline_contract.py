@@ -14,8 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
-from components import CONDITIONS, NUM_CLASSES, tiny_pipeline, tiny_tokenizer, tiny_transformer, tiny_vae
-from diffusers import DiffusionPipeline
+from components import (
+    CONDITIONS,
+    NUM_CLASSES,
+    tiny_pipeline,
+    tiny_rq_pipeline,
+    tiny_rq_transformer,
+    tiny_tokenizer,
+    tiny_transformer,
+    tiny_vae,
+)
+from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 
 import rq_draft_revise
 from rq_draft_revise import (
@@ -23,6 +33,7 @@ from rq_draft_revise import (
     DraftAndReviseInpaintPipeline,
     DraftAndRevisePipeline,
     DraftAndReviseScheduler,
+    RQTransformerPipeline,
     RQVAEModel,
 )
 
@@ -364,6 +375,61 @@ def test_other_codebooks_are_refused():
         change(transformer.codebook)
         with pytest.raises(ValueError, match="set_codebook"):
             DraftAndRevisePipeline(vae=vae, transformer=transformer, **arguments)
+
+
+def pipelines():
+    """One of each kind, and the arguments of its call."""
+    components = tiny_pipeline().components
+    editing = dict(image=torch.rand(1, 3, 8, 8), mask_image=torch.ones(1, 1, 8, 8))
+    return [
+        (DraftAndRevisePipeline(**components), {}),
+        (DraftAndReviseInpaintPipeline(**components), editing),
+        (tiny_rq_pipeline(), {}),
+    ]
+
+
+def test_a_component_of_another_kind_is_refused_by_name():
+    contextual, autoregressive = tiny_transformer(), tiny_rq_transformer()
+    scheduler = DraftAndReviseScheduler(4)
+    for kind, wrong, rest in (
+        (DraftAndRevisePipeline, autoregressive, dict(scheduler=scheduler)),
+        (DraftAndReviseInpaintPipeline, autoregressive, dict(scheduler=scheduler)),
+        (RQTransformerPipeline, contextual, {}),
+    ):
+        message = f"`transformer` must be a .* in this pipeline, got a {type(wrong).__name__}"
+        with pytest.raises(ValueError, match=message):
+            kind(vae=tiny_vae(), transformer=wrong, **rest)
+    for pipe, arguments in pipelines()[:2]:
+        pipe.scheduler = DDIMScheduler()
+        with pytest.raises(ValueError, match="`scheduler` must be a DraftAndReviseScheduler .* got a DDIMScheduler"):
+            call(quiet(pipe), **arguments)
+
+
+def test_callback_classes_of_diffusers_say_themselves_what_they_are_given():
+    class Counter(PipelineCallback):
+        tensor_inputs, seen = ["latents"], 0
+
+        def callback_fn(self, pipe, step_index, timestep, callback_kwargs):
+            assert list(callback_kwargs) == ["latents"]
+            self.seen += 1
+            return callback_kwargs
+
+    for pipe, arguments in pipelines():
+        counter = Counter()
+        for callback in (counter, MultiPipelineCallbacks([counter])):
+            call(quiet(pipe), **arguments, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=[])
+        assert counter.seen == 2 * pipe.num_timesteps
+        with pytest.raises(ValueError, match="must be a list of names among .*'prompt_embeds'"):
+            call(pipe, **arguments, callback_on_step_end=SDCFGCutoffCallback())
+
+
+def test_a_guidance_of_0_says_that_it_passes_over_the_condition(messages):
+    for pipe, arguments in pipelines():
+        messages.clear()
+        call(quiet(pipe), **arguments, guidance_scale=1.0)
+        assert not messages.messages
+        call(pipe, **arguments, guidance_scale=0.0)
+        assert "`guidance_scale` 0 draws from the null condition" in messages.text
 
 
 def test_a_codebook_that_was_rounded_is_the_same(tmp_path):

@@ -1,12 +1,46 @@
 """Arguments that the calls of all pipelines have, and what is refused of them."""
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import logging
 
 from .codes import check_codes
 from .scheduling_draft_and_revise import check_generator, check_sampling
 
 
+logger = logging.get_logger(__name__)
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_kind(argument: str, component, kind: type) -> None:
+    """Refuse, with a `ValueError`, a component that is no `kind`, `None` excepted.
+
+    By name: an export for the Hub brings definitions of its own, which are other classes.
+    """
+    original = getattr(component, "_orig_mod", component)  # of torch.compile
+    if original is not None and kind.__name__ not in [base.__name__ for base in type(original).__mro__]:
+        raise ValueError(
+            f"`{argument}` must be a {kind.__name__} in this pipeline, got a {type(original).__name__}. A saved "
+            "pipeline is loaded by the class that its model_index.json names."
+        )
+
+
+def tensor_inputs_of(callback_on_step_end, tensor_inputs: list[str]) -> list[str]:
+    """What a callback is given: diffusers' callback classes say so themselves, whatever the call says."""
+    if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+        return callback_on_step_end.tensor_inputs
+    return tensor_inputs
+
+
+def warn_of_no_condition(**scales: float | None) -> None:
+    """Log a guidance scale of 0, which in diffusers' other pipelines means no guidance."""
+    for name, value in scales.items():
+        if value == 0:
+            logger.warning(
+                f"`{name}` 0 draws from the null condition or the `negative_prompt` alone and passes over the "
+                "condition: 1 means no guidance."
+            )
 
 
 def check_run(
@@ -87,6 +121,7 @@ def check_phases(conditional: bool, **given) -> None:
             default.
     """
     check_sampling(**{name: value for name, value in given.items() if value is not None})
+    warn_of_no_condition(**{name: given[name] for name in ("guidance_scale", "draft_guidance_scale")})
     for name in ("guidance_scale", "draft_guidance_scale"):
         if not conditional and given[name] not in (None, 1):
             raise ValueError(f"`{name}` must be 1 or None: this model is unconditional, got {given[name]!r}.")

@@ -33,7 +33,9 @@ class SelfAttentionProcessor:
             key, value = past_key.to(key.dtype), past_value.to(value.dtype)  # (B, P, H, d/H)
             attn_mask = (torch.arange(key.shape[1], device=key.device) <= slot)[None, None, None]  # (1, 1, 1, P)
         elif past_key is not None:
-            key, value = torch.cat([past_key, key], dim=1), torch.cat([past_value, value], dim=1)  # (B, P+L, H, d/H)
+            # (B, P+L, H, d/H); of one dtype, also where accelerate has made float32 of a condition's keys and values
+            key = torch.cat([past_key.to(key.dtype), key], dim=1)
+            value = torch.cat([past_value.to(value.dtype), value], dim=1)
         hidden_states = dispatch_attention_fn(
             query,
             key,

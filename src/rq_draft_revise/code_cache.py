@@ -186,7 +186,7 @@ def cached_codes(
             codes = torch.from_numpy(torch.cat([share["codes"] for share in shares]).numpy()[order.numpy()])
             partial = path.with_name("codes.partial")
             save_file({"rows": rows, "codes": codes}, partial, metadata=metadata)
-            partial.rename(path)
+            partial.replace(path)
             for part in parts:
                 part.unlink()
         wait_for_everyone(accelerator)

@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import check_phases, check_run, count_matched, next_latents
+from .arguments import check_kind, check_phases, check_run, count_matched, next_latents, tensor_inputs_of
 from .conditions import (
     check_condition,
     condition_ids,
@@ -58,6 +58,8 @@ class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPi
         id2label: dict | None = None,
     ):
         super().__init__()
+        check_kind("vae", vae, RQVAEModel)
+        check_kind("transformer", transformer, ContextualRQTransformerModel)
         if vae is not None and transformer is not None:
             check_same_codebook(vae, transformer)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, tokenizer=tokenizer)
@@ -134,7 +136,8 @@ class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPi
             num_images_per_prompt=num_images_per_prompt,
         )
 
-        # the sampler
+        # the sampler, which may have been exchanged since the pipeline was made
+        check_kind("scheduler", self.scheduler, DraftAndReviseScheduler)
         check_step_numbers(num_inference_steps, num_revise_steps, num_revisions)
         check_phases(
             conditional=self.transformer.prefix_length > 0,
@@ -322,7 +325,7 @@ class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPi
             num_revisions (`int`, *optional*): Revisions, M; 0 returns the draft. With an `image` this is the strength:
                 the first revision leads farthest from it, the next ones on from there.
             guidance_scale (`float`, *optional*): Classifier-free guidance of the revise phase, at least 0; 1 means
-                none and costs no second forward.
+                none and costs no second forward, 0 goes by the null condition alone.
             temperature (`float`, *optional*): Temperature of the revise phase, positive.
             draft_guidance_scale (`float`, *optional*), draft_temperature (`float`, *optional*): The same for the
                 draft.
@@ -343,11 +346,13 @@ class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPi
             return_dict (`bool`, defaults to `True`): An `ImagePipelineOutput` with `images`, or a tuple of them.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, callback_kwargs)`
                 after each step; may return a dictionary with new `latents`, masked where these are.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): What `callback_kwargs` holds.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): What `callback_kwargs` holds;
+                diffusers' callback classes say so themselves.
 
         Raises:
             `ValueError`: an argument out of its range, or one that this model has no use for.
         """
+        callback_on_step_end_tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             prompt=prompt,
             class_labels=class_labels,

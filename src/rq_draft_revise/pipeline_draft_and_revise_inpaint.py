@@ -11,7 +11,7 @@ from diffusers.utils import logging
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import check_phases, check_run, count_matched, next_latents
+from .arguments import check_kind, check_phases, check_run, count_matched, next_latents, tensor_inputs_of
 from .conditions import (
     check_condition,
     condition_ids,
@@ -63,6 +63,8 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
         id2label: dict | None = None,
     ):
         super().__init__()
+        check_kind("vae", vae, RQVAEModel)
+        check_kind("transformer", transformer, ContextualRQTransformerModel)
         if vae is not None and transformer is not None:
             check_same_codebook(vae, transformer)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, tokenizer=tokenizer)
@@ -157,7 +159,8 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
             raise ValueError(f"`composite` must be True or False, got {composite!r}.")
         batch_size = self.count_images(image, mask_image, mask, prompt, class_labels) * num_images_per_prompt
 
-        # the sampler
+        # the sampler, which may have been exchanged since the pipeline was made
+        check_kind("scheduler", self.scheduler, DraftAndReviseScheduler)
         check_step_numbers(num_inference_steps, num_revise_steps, num_revisions)
         check_phases(
             conditional=self.transformer.prefix_length > 0,
@@ -379,7 +382,7 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
             num_revise_steps (`int`, *optional*): Steps of one revision, T_revise, in `[1, masked positions]`.
             num_revisions (`int`, *optional*): Revisions of the masked positions, M; 0 returns the draft.
             guidance_scale (`float`, *optional*): Classifier-free guidance of the revise phase, at least 0; 1 means
-                none and costs no second forward.
+                none and costs no second forward, 0 goes by the null condition alone.
             temperature (`float`, *optional*): Temperature of the revise phase, positive.
             draft_guidance_scale (`float`, *optional*), draft_temperature (`float`, *optional*): The same for the
                 draft.
@@ -400,11 +403,13 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
             return_dict (`bool`, defaults to `True`): An `ImagePipelineOutput` with `images`, or a tuple of them.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, callback_kwargs)`
                 after each step; may return a dictionary with new `latents`, masked where these are.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): What `callback_kwargs` holds.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): What `callback_kwargs` holds;
+                diffusers' callback classes say so themselves.
 
         Raises:
             `ValueError`: an argument out of its range, or one that this model has no use for.
         """
+        callback_on_step_end_tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             image=image,
             mask_image=mask_image,

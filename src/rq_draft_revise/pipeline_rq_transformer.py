@@ -9,7 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import check_run, next_latents
+from .arguments import check_kind, check_run, next_latents, tensor_inputs_of, warn_of_no_condition
 from .conditions import (
     check_condition,
     condition_ids,
@@ -64,6 +64,8 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
         top_p: float | list[float] | None = None,
     ):
         super().__init__()
+        check_kind("vae", vae, RQVAEModel)
+        check_kind("transformer", transformer, RQTransformerModel)
         if vae is not None and transformer is not None:
             check_same_codebook(vae, transformer)
         self.register_modules(vae=vae, transformer=transformer, tokenizer=tokenizer)
@@ -137,6 +139,7 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
         given = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
         given = {name: self.config[name] if value is None else value for name, value in given.items()}
         self._check_sampling(**given)
+        warn_of_no_condition(guidance_scale=guidance_scale)
         guided = given["guidance_scale"] != 1
         if guided and self.transformer.null_condition_id is None and negative_prompt is None:
             instead = " and no `negative_prompt`" if config.text_vocab_size is not None else ""
@@ -263,7 +266,8 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
                 class-conditional model.
             num_images_per_prompt (`int`, defaults to 1): Images of each prompt or class.
             guidance_scale (`float`, *optional*): Classifier-free guidance, at least 0; 1 means none and costs no
-                second row. Other numbers need a model with a null condition, or a `negative_prompt`.
+                second row, 0 goes by the null condition alone. Other numbers need a model with a null condition, or a
+                `negative_prompt`.
             temperature (`float`, *optional*): Positive.
             negative_prompt (`str` or `list[str]`, *optional*): Guides away from this instead of from the null text.
                 An empty one is the null text, and is refused where the model has none.
@@ -279,11 +283,13 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, callback_kwargs)`
                 after each position; may return a dictionary with new `latents`, masked where these are, of which the
                 stacks up to the present position but this one have been read already.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): What `callback_kwargs` holds.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): What `callback_kwargs` holds;
+                diffusers' callback classes say so themselves.
 
         Raises:
             `ValueError`: an argument out of its range, or one that this model has no use for.
         """
+        callback_on_step_end_tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             prompt=prompt,
             class_labels=class_labels,

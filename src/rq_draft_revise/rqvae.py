@@ -261,7 +261,7 @@ class ResidualQuantizer(nn.Module):
         depths, num_own, dim = pool.shape
         unused = (self.ema_counts[book] < self.restart_threshold * even_share).nonzero().squeeze(-1)
         if unused.shape[0] == 0:  # in every process: their averages are equal to the bit
-            return torch.zeros(depths, dtype=torch.int64)
+            return torch.zeros(depths, dtype=torch.int64, device=pool.device)
         device = generator.device if generator is not None else pool.device
         chosen = torch.randperm(depths * num_vectors, generator=generator, device=device)[: unused.shape[0]]
         chosen = chosen.to(pool.device)
@@ -280,7 +280,7 @@ class ResidualQuantizer(nn.Module):
         self.codebook[book, unused] = vectors
         self.ema_counts[book, unused] = even_share.to(self.ema_counts.dtype)
         self.ema_sums[book, unused] = vectors * even_share.to(vectors.dtype)
-        return depth.bincount(minlength=depths).cpu()
+        return depth.bincount(minlength=depths)
 
 
 def _rows_in_global_batch(sizes: list[int], device: torch.device) -> tuple[torch.Tensor, int]:
