@@ -376,6 +376,10 @@ def said_of(row: dict) -> str:
 def main(argv=None):
     args = parse_args(argv)
     context = prepare_processes(args.scripts)
+    # The first process waits for the server's imports, many times as long as a run: no time to draw kills from.
+    first = context.Process(target=os.getpid)
+    first.start()
+    first.join()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
         problem = make_problem(Path(folder) / "problem")
