@@ -323,8 +323,9 @@ class ContextualRQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, Conf
         codes = codes.flatten(1, 2)  # (B, N, D)
         masked = codes[..., :1] == self.mask_token_id  # (B, N, 1)
         known = project_vectors(self.input_projection, self.depth_transformer.codebook(codes))  # (B, N, d)
-        unknown = self.input_projection(self.mask_embedding.unsqueeze(0))  # (1, d)
-        hidden_states = torch.where(masked, unknown, known) + self.position_embedding
+        hidden_states = (
+            torch.where(masked, self.input_projection(self.mask_embedding), known) + self.position_embedding
+        )
         if guided:
             hidden_states = torch.cat([hidden_states, hidden_states])  # (2B, N, d)
         for i, block in enumerate(self.blocks):

@@ -23,7 +23,7 @@ from .lora import TransformerLoraMixin
 from .publishing import HubPipelineMixin
 from .rq_transformer import RQTransformerModel, per_depth
 from .rqvae import RQVAEModel
-from .scheduling_draft_and_revise import check_sampling
+from .scheduling_draft_and_revise import check_sampling, stack_on_host
 
 
 class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPipeline):
@@ -225,8 +225,8 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
         for row in range(batch_size):
             source = generator[row] if isinstance(generator, (list, tuple)) else generator
             device = source.device if source is not None else "cpu"
-            images.append(torch.rand(*shape, generator=source, device=device).to(self._execution_device))
-        return torch.stack(images)
+            images.append(torch.rand(*shape, generator=source, device=device))
+        return stack_on_host(images).to(self._execution_device)
 
     def decode_latents(
         self, latents: torch.Tensor, output_type: str = "pil"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -41,6 +42,25 @@ class StepInput(BaseOutput):
     codes: torch.Tensor
     positions: torch.Tensor | None = None
     uniforms: torch.Tensor | None = None
+
+
+class Block(NamedTuple):
+    """The positions of one step, and what they are drawn with."""
+
+    index: torch.Tensor  # (B, n), int64: `height * width`, one past the end, where an image has fewer than n
+    positions: torch.Tensor  # (B, n), the same within the image
+    uniforms: torch.Tensor  # (B, n, D)
+    is_even: bool  # every image has n
+
+
+class ConfidentDraft(NamedTuple):
+    """What a draft by confidence goes by, step by step."""
+
+    remaining: torch.Tensor  # (steps, B), int64: masked positions before the step
+    most: list[int]  # the most of any image
+    sizes: torch.Tensor  # (steps, B), int64: how many of them are kept
+    keys: torch.Tensor  # (B, steps, N)
+    uniforms: torch.Tensor  # (B, steps, N, D)
 
 
 def check_sampling(
@@ -89,6 +109,13 @@ def check_generator(generator: torch.Generator | list[torch.Generator] | None, b
     for one in generator if isinstance(generator, (list, tuple)) else [generator] * (generator is not None):
         if not isinstance(one, torch.Generator):
             raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {one!r}.")
+
+
+def stack_on_host(tensors) -> torch.Tensor:
+    """`torch.stack`, on the CPU, of what may have been drawn elsewhere: in one copy, if in one place."""
+    if len({tensor.device for tensor in tensors}) > 1:
+        tensors = [tensor.cpu() for tensor in tensors]
+    return torch.stack(list(tensors)).cpu()
 
 
 def is_integer(value) -> bool:
@@ -251,28 +278,54 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
         check_generator(generator, batch_size)
 
         # Everything random of an image comes from its own generator, phase by phase, so that a draft does not depend
-        # on the revisions after it; the rest is done for all images at once.
+        # on the revisions after it; the rest is done for all images at once, on the host, and sent to the device as a
+        # whole.
         images = []
         for row in range(batch_size):
             source = generator[row] if isinstance(generator, (list, tuple)) else generator
             images.append(self._draw_image(int(masked[row].sum()), num_positions, code_depth, source))
-        keys = [torch.stack(phase) for phase in zip(*(image[0] for image in images), strict=True)]
-        uniforms = [torch.stack(phase) for phase in zip(*(image[1] for image in images), strict=True)]
+        keys = [stack_on_host(phase) for phase in zip(*(image[0] for image in images), strict=True)]
+        uniforms = [stack_on_host(phase) for phase in zip(*(image[1] for image in images), strict=True)]
 
         self.mask_token_id = mask_token_id
         self._shape, device = sample.shape, sample.device
-        self._blocks, sizes = self._cut(keys[0][:, 0] if keys[0].shape[1] else None, masked, self.num_inference_steps)
-        for phase_keys in keys[1:]:
-            blocks, phase_sizes = self._cut(phase_keys[:, 0], region, self.num_revise_steps)
-            self._blocks, sizes = self._blocks + blocks, sizes + phase_sizes
-        self._remaining = []
-        remaining = masked.sum(dim=1)
-        for size in sizes[: self.num_inference_steps]:
-            self._remaining.append((remaining.to(device), int(remaining.max())))
-            remaining = remaining - size
-        self._keys, self._uniforms = [phase.to(device) for phase in keys], [phase.to(device) for phase in uniforms]
-        self._sizes = [size.to(device) for size in sizes]
-        self._blocks = [block.to(device) for block in self._blocks]
+        draft, sizes = self._cut(keys[0][:, 0] if keys[0].shape[1] else None, masked, self.num_inference_steps)
+        revisions = [self._cut(phase[:, 0], region, self.num_revise_steps)[0] for phase in keys[1:]]
+        phases = [draft, *revisions]
+        self._confident = None
+        if self.selection != "random":
+            phases[0] = []  # which positions a step keeps depends on what is predicted
+            if self.num_inference_steps:
+                remaining = masked.sum(dim=1) - sizes.cumsum(dim=0) + sizes
+                most = remaining.amax(dim=1).tolist()
+                self._confident = ConfidentDraft(
+                    remaining.to(device), most, sizes.to(device), keys[0].to(device), uniforms[0].to(device)
+                )
+        indices = [index for phase in phases for index in phase]
+        drawn = [phase_uniforms[:, 0] for phase, phase_uniforms in zip(phases, uniforms, strict=True) for _ in phase]
+        self._blocks = self._lay_out(indices, drawn, num_positions, device)
+
+    @staticmethod
+    def _lay_out(indices, drawn, num_positions: int, device: torch.device) -> list[Block]:
+        """Blocks of the positions `(B, n)`, with the numbers `(B, N, D)` of their phase. Two copies to the device."""
+        if not indices:
+            return []
+        shapes, sizes = [index.shape for index in indices], [index.numel() for index in indices]
+        uniforms = torch.cat([
+            phase.gather(1, index.clamp(max=num_positions - 1).unsqueeze(-1).expand(-1, -1, phase.shape[-1]))
+            .flatten(0, 1) for phase, index in zip(drawn, indices, strict=True)
+        ]).to(device)  # fmt: skip
+        index = torch.cat([index.flatten() for index in indices]).to(device)
+        parts = [whole.split(sizes) for whole in (index, index.clamp(max=num_positions - 1), uniforms)]
+        return [
+            Block(
+                index.view(shape),
+                positions.view(shape),
+                uniforms.unflatten(0, shape),
+                bool((on_host < num_positions).all()),
+            )
+            for index, positions, uniforms, shape, on_host in zip(*parts, shapes, indices, strict=True)
+        ]
 
     def _draw_image(self, num_masked: int, num_positions: int, code_depth: int, generator: torch.Generator | None):
         """Keys `(draws, positions)` and uniforms `(draws, positions, code_depth)` of each phase of one image.
@@ -283,7 +336,7 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
         device = generator.device if generator is not None else "cpu"
 
         def uniform(*shape):
-            return torch.rand(*shape, generator=generator, device=device).cpu()
+            return torch.rand(*shape, generator=generator, device=device)
 
         # A confidence strategy predicts a position many times and needs fresh numbers each time. An image that is done
         # before others draws no more than it would alone.
@@ -299,7 +352,7 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
         return keys, uniforms
 
     @staticmethod
-    def _cut(keys, positions, num_steps) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _cut(keys, positions, num_steps) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Positions in the order of their keys, in balanced blocks; too few positions leave the last ones empty.
 
         Args:
@@ -309,10 +362,10 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
 
         Returns:
             For each step the block `(batch_size, n)`, filled up with `num_positions`, one past the end, where `step`
-            writes in vain; and how many positions of each image it holds, `(batch_size,)`.
+            writes in vain; and how many positions of each image they hold, `(num_steps, batch_size)`.
         """
         if num_steps == 0:
-            return [], []
+            return [], torch.empty(0, positions.shape[0], dtype=torch.int64)
         count = positions.sum(dim=1)  # (B,)
         order = keys.masked_fill(~positions, torch.inf).argsort(dim=1, stable=True)  # (B, N)
         filled = torch.nn.functional.pad(order, (0, 1), value=positions.shape[1])  # (B, N + 1)
@@ -324,16 +377,10 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
             offset = torch.arange(longest)
             index = (start.unsqueeze(1) + offset).masked_fill(offset >= size.unsqueeze(1), positions.shape[1])
             blocks.append(filled.gather(1, index))
-        return blocks, list(sizes)
+        return blocks, sizes
 
-    def _phase(self, timestep: int) -> int:
-        """0 for the draft, m for the m-th revision."""
-        if timestep < self.num_inference_steps:
-            return 0
-        return 1 + (timestep - self.num_inference_steps) // self.num_revise_steps
-
-    def _positions(self, sample: torch.Tensor, timestep: int) -> torch.Tensor:
-        """Positions to predict, `(batch_size, n)`; `height * width` where an image has fewer than n."""
+    def _block(self, sample: torch.Tensor, timestep: int) -> Block:
+        """What to predict in a step."""
         if self._blocks is None:
             raise ValueError("`set_partitions` must be called after `set_timesteps` and before the first step.")
         if not isinstance(sample, torch.Tensor) or sample.shape != self._shape or sample.dtype != torch.int64:
@@ -341,14 +388,18 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"`sample` must be int64 of shape {tuple(self._shape)} as in `set_partitions`, got {got}."
             )
-        if not self.is_draft(timestep) or self.selection == "random":
+        if self._confident is None:
             return self._blocks[timestep]
+        if timestep >= self.num_inference_steps:
+            return self._blocks[timestep - self.num_inference_steps]
         # All that is still masked, in a number known beforehand: no shape depends on data.
-        remaining, most = self._remaining[timestep]
+        most = self._confident.most[timestep]
         masked = (sample[..., 0] == self.mask_token_id).flatten(1)
         positions = masked.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        surplus = torch.arange(most, device=sample.device) >= remaining.unsqueeze(1)
-        return positions.masked_fill(surplus, masked.shape[1])
+        surplus = torch.arange(most, device=sample.device) >= self._confident.remaining[timestep].unsqueeze(1)
+        drawn = self._confident.uniforms[:, timestep]  # (B, N, D)
+        uniforms = drawn.gather(1, positions.unsqueeze(-1).expand(-1, -1, drawn.shape[-1]))
+        return Block(positions.masked_fill(surplus, masked.shape[1]), positions, uniforms, is_even=False)
 
     def get_step_input(self, sample: torch.Tensor, timestep: int | torch.Tensor) -> StepInput:
         """What to ask of the transformer at `timestep`: see [`StepInput`].
@@ -357,23 +408,20 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
             sample (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map.
             timestep (`int` or scalar tensor): One of `timesteps`.
         """
-        timestep = self._index(timestep)
-        positions = self._positions(sample, timestep)
-        codes = self._write(sample, positions, torch.full_like(sample[:, :1, :1], self.mask_token_id).flatten(1, 2))
-        drawn = self._uniforms[self._phase(timestep)]  # (B, draws, N, D)
-        drawn = drawn[:, timestep if drawn.shape[1] > 1 else 0]  # (B, N, D)
-        positions = positions.clamp(max=drawn.shape[1] - 1)
-        uniforms = drawn.gather(1, positions.unsqueeze(-1).expand(-1, -1, drawn.shape[-1]))
-        return StepInput(codes=codes, positions=positions, uniforms=uniforms)
+        block = self._block(sample, self._index(timestep))
+        codes = self._write(sample, block.index, self.mask_token_id, block.is_even)
+        return StepInput(codes=codes, positions=block.positions, uniforms=block.uniforms)
 
     @staticmethod
-    def _write(sample: torch.Tensor, positions: torch.Tensor, stacks: torch.Tensor) -> torch.Tensor:
-        """`sample` with `stacks` `(B, n, D)` or `(B, 1, D)` at `positions` `(B, n)`; one past the end is nowhere."""
+    def _write(sample: torch.Tensor, index: torch.Tensor, stacks: torch.Tensor | int, is_even: bool) -> torch.Tensor:
+        """`sample` with `stacks` `(B, n, D)`, or one code in all places, at `index` `(B, n)`; one past the end, where
+        not `is_even`, is nowhere."""
         flat = sample.flatten(1, 2)
+        index = index.unsqueeze(-1).expand(-1, -1, flat.shape[-1])
+        if is_even:
+            return flat.scatter(1, index, stacks).view(sample.shape)
         flat = torch.cat([flat, flat[:, :1]], dim=1)  # (B, N + 1, D)
-        index = positions.unsqueeze(-1).expand(-1, -1, flat.shape[-1])
-        flat = flat.scatter(1, index, stacks.expand_as(index))
-        return flat[:, :-1].reshape(sample.shape)
+        return flat.scatter(1, index, stacks)[:, :-1].reshape(sample.shape)
 
     def step(
         self,
@@ -399,7 +447,7 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
                 dtype or shape than this step asks for.
         """
         timestep = self._index(timestep)
-        positions = self._positions(sample, timestep)
+        index, _, _, is_even = self._block(sample, timestep)
         if not (
             isinstance(model_output, (tuple, list))
             and len(model_output) == 2
@@ -408,34 +456,32 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`model_output` must be a tuple of stacks and log-probabilities, got {model_output!r}.")
         stacks, log_probs = model_output
         if (
-            stacks.shape != (*positions.shape, sample.shape[-1])
-            or log_probs.shape != positions.shape
+            stacks.shape != (*index.shape, sample.shape[-1])
+            or log_probs.shape != index.shape
             or stacks.dtype != sample.dtype
             or not log_probs.is_floating_point()
         ):
             raise ValueError(
-                f"`model_output` must hold int64 stacks of shape {(*positions.shape, sample.shape[-1])} and "
-                f"floating-point log-probabilities of shape {tuple(positions.shape)}, got {stacks.dtype} of "
+                f"`model_output` must hold int64 stacks of shape {(*index.shape, sample.shape[-1])} and "
+                f"floating-point log-probabilities of shape {tuple(index.shape)}, got {stacks.dtype} of "
                 f"{tuple(stacks.shape)} and {log_probs.dtype} of {tuple(log_probs.shape)}."
             )
-        if self.is_draft(timestep) and self.selection != "random":
-            keep = self._most_confident(
-                log_probs, positions, timestep, num_positions=sample.shape[1] * sample.shape[2]
-            )
-            positions = positions.masked_fill(~keep, sample.shape[1] * sample.shape[2])
-        prev_sample = self._write(sample, positions, stacks)
+        if self._confident is not None and timestep < self.num_inference_steps:
+            num_positions = sample.shape[1] * sample.shape[2]
+            keep = self._most_confident(log_probs, index, timestep, num_positions)
+            index = index.masked_fill(~keep, num_positions)
+        prev_sample = self._write(sample, index, stacks, is_even)
         return DraftAndReviseSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
 
-    def _most_confident(self, log_probs, positions, timestep, num_positions) -> torch.Tensor:
+    def _most_confident(self, log_probs, index, timestep: int, num_positions: int) -> torch.Tensor:
         """Which of the predicted positions a confidence strategy keeps: `(batch_size, n)` bool."""
-        size = self._sizes[timestep].unsqueeze(1)
-        surplus = positions == num_positions
+        size = self._confident.sizes[timestep].unsqueeze(1)
+        surplus = index == num_positions
         rank = log_probs.masked_fill(surplus, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         if self.selection == "top-c":
             return rank < size
-        remaining = self._remaining[timestep][0].unsqueeze(1)
-        pool = torch.maximum((remaining + 1) // 2, size)
-        keys = self._keys[0][:, timestep].gather(1, positions.clamp(max=num_positions - 1))
+        pool = torch.maximum((self._confident.remaining[timestep].unsqueeze(1) + 1) // 2, size)
+        keys = self._confident.keys[:, timestep].gather(1, index.clamp(max=num_positions - 1))
         return keys.masked_fill(rank >= pool, torch.inf).argsort(dim=1, stable=True).argsort(dim=1) < size
 
     def __len__(self) -> int:
