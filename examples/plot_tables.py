@@ -32,7 +32,10 @@ def curve(cells: dict[str, dict], names: dict[int, str], figure: str) -> dict[st
 
 
 def main(args):
-    results = json.loads(Path(args.results).read_text(encoding="utf-8"))
+    try:
+        results = dict(json.loads(Path(args.results).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"`results` must be a JSON file, and {args.results} is not one: {error}.") from error
     if "figure-1" not in results.get("arguments", {}).get("parts", []) or "cells" not in results:
         raise ValueError(
             f"`results` must be of reproduce_tables.py with the part figure-1, and {args.results} is not."
@@ -55,7 +58,7 @@ def main(args):
         right.errorbar(
             **curve(cells, {m: f"random-64, M {m}" for m in revisions}, name), marker="o", capsize=3, label=name
         )
-    right.set(xlabel="revisions", xticks=revisions, ylim=(0, 1))
+    right.set(xlabel="revisions", ylabel="precision, recall", xticks=revisions, ylim=(0, 1))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()

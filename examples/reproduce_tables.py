@@ -17,11 +17,13 @@ Cells share runs: one run of many revisions holds the draft and every shorter on
 the same command, which samples nothing twice.
 
 The sampler is the paper's, whatever the pipeline's own defaults are: T_draft 64, T_revise 2, M 2, temperature 1 in the
-draft and 0.8 in the revisions, guidance 1.8 (ImageNet 821M's) while revising alone.
+draft and 0.8 in the revisions, guidance 1.8 (ImageNet 821M's) while revising alone, no top-k and no top-p.
 """
 
 import argparse
 import gc
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,11 @@ from typing import Any
 import torch
 from compute_statistics import add_network_arguments, load_images, load_network
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline
-from rq_draft_revise.data import load_split
+from rq_draft_revise.data import input_ids_of, load_split
 from rq_draft_revise.features import get_protocol, reference_features, weights_sha256
 from rq_draft_revise.images import encode_pixels
 from rq_draft_revise.metrics import ReferenceStatistics, frechet_distance, moments, precision_and_recall
@@ -42,6 +45,7 @@ from rq_draft_revise.provenance import (
     hardware,
     image_seed,
     library_versions,
+    public,
     write_json,
 )
 from rq_draft_revise.publishing import pipeline_class_of
@@ -54,7 +58,12 @@ SELECTIONS = ("top-c", "top-c-50%", "random")
 DRAFT_STEPS = (2, 4, 8, 16, 32, 64)  # of Figure 1
 MOST_REVISIONS = 6  # of Figure 1
 PART_NAMES = ("table-2", "table-3", "figure-1", "guidance")
-NUM_HALVES = 40
+NUM_HALVES = 400  # by 40 a standard error is known to 11 % only: verdicts near the threshold hung on the seed
+SUBSET_SEED = 0  # of the real images that precision and recall are against
+# What runs of earlier versions did not write down.
+NEWLY_RECORDED = ("top_k", "top_p", "config_sha256", "scheduler_config", "input_ids_sha256")
+# What a batch says of its making.
+CIRCUMSTANCES = ("device", "clock", "hardware", "versions", "git_revision")
 # Not where things lie on this machine: data and networks are known by their digests.
 RECORDED = ("pipeline", "contextual_rq", "contextual_vq", "autoregressive", "vq_draft_steps", "split", "parts",
             "num_images", "batch_size", "seed", "device", "dtype")  # fmt: skip
@@ -166,40 +175,100 @@ def load_pipeline(folder: str, device: str, dtype: str = "float32") -> Diffusion
     return pipe
 
 
+def all_codes(pipe) -> dict[str, Any]:
+    """The limits that limit nothing. Left out, the pipeline's own, which its config may have, would count."""
+    return {"top_k": pipe.transformer.config.codebook_size, "top_p": 1.0}
+
+
 def sample(pipe, run: Run, condition: dict[str, list], generators) -> tuple[list[torch.Tensor], list[float]]:
     """Code maps after each stage, and the seconds that each took from the beginning."""
+    sampler = run.sampler | all_codes(pipe)
     if isinstance(pipe, DraftAndRevisePipeline):
-        return sample_stages(pipe, generators, condition, **run.sampler)
+        return sample_stages(pipe, generators, condition, **sampler)
     start = seconds_now(pipe.device)
-    codes = pipe(**condition, generator=generators, output_type="latent", **run.sampler).images
+    codes = pipe(**condition, generator=generators, output_type="latent", **sampler).images
     return [codes], [seconds_now(pipe.device) - start]
+
+
+def digest(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def record_of(pipe, run: Run, conditions: dict[str, list], network, args) -> dict[str, Any]:
+    """All that the images of a run, and what is kept of them, depend on."""
+    models = {name: getattr(pipe, name) for name in ("vae", "transformer")}
+    record = {
+        "weights_sha256": {name: weights_sha256(model) for name, model in models.items()},
+        "config_sha256": {name: digest(public(model.config)) for name, model in models.items()},
+        "sampler": run.sampler,
+        **all_codes(pipe),
+        "conditions": conditions,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+        "network": [network.name, network.sha256, args.protocol],
+    }
+    if hasattr(pipe, "scheduler"):
+        record["scheduler_config"] = public(pipe.scheduler.config)
+    if "prompt" in conditions:  # what the transformer sees of the tokenizer
+        config = pipe.transformer.config
+        ids = input_ids_of(conditions["prompt"], pipe.tokenizer, config.max_text_length, config.text_vocab_size)
+        record["input_ids_sha256"] = digest(ids.tolist())
+    return record
+
+
+def read_batch(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a batch's file holds, and what it says of its making: None each where an earlier version wrote it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in ("features", "logits", "seconds")}
+            record = json.loads((file.metadata() or {}).get("record", "{}"))
+            return tensors, {name: record.get(name) for name in CIRCUMSTANCES}
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:
+        raise RuntimeError(f"{path} is damaged ({error}): delete it, and run the same command again.") from error
 
 
 def carry_out(run: Run, folder: Path, conditions: dict[str, list], network, args) -> dict[str, Any]:
     """Sample what of a run is not there yet.
 
     Returns:
-        `{"features": (stages, N, F), "logits": (stages, N, C), "seconds": (stages,)}`, the last an image: the median
-        of the batches, of which the first finds an accelerator cold.
+        `{"features": (stages, N, F), "logits": (stages, N, C), "seconds": (stages,), "made": [...]}`: the seconds an
+        image, as the median of the batches, of which the first finds an accelerator cold; and what the batches say of
+        their making.
+
+    Raises:
+        `ValueError`: the folder holds batches of another run, of an unknown one, or of another kind of device.
+        `RuntimeError`: a batch's file is damaged.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     pipe, protocol = load_pipeline(run.pipeline, args.device, args.dtype), get_protocol(args.protocol)
-    check_same_run(
-        folder,
-        {
-            "weights_sha256": {name: weights_sha256(getattr(pipe, name)) for name in ("vae", "transformer")},
-            "sampler": run.sampler,
-            "conditions": conditions,
-            "seed": args.seed,
-            "batch_size": args.batch_size,
-            "dtype": args.dtype,
-            "network": [network.name, network.sha256, args.protocol],
-        },
-    )
-    parts = []
-    for number, start in enumerate(range(0, args.num_images, args.batch_size)):
-        path = folder / f"{number:04d}.safetensors"
-        if not path.is_file():
+    found = min(folder.glob("*.safetensors"), default=None)
+    if found is not None and not (folder / "run.json").is_file():
+        raise ValueError(
+            f"{folder} must have a run.json, which says of which run its batches are, got {found} without one. Give "
+            "another --output_dir, or delete this folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    check_same_run(folder, record_of(pipe, run, conditions, network, args), may_lack=NEWLY_RECORDED)
+    starts = range(0, args.num_images, args.batch_size)
+    paths = [folder / f"{number:04d}.safetensors" for number in range(len(starts))]
+    batches = {path: read_batch(path) for path in paths if path.is_file()}
+    # What is finished may be scored anywhere; but one run is made by one kind of device, whose rounding is its own.
+    device = torch.device(args.device)
+    others = {made["device"] for _, made in batches.values()} - {device.type, None}
+    if others and len(batches) < len(paths):
+        raise ValueError(
+            f"--device must be {' or '.join(sorted(others))}, on which the batches in {folder} were made, until the "
+            f"last of them is, got {args.device}."
+        )
+    made = {
+        "device": device.type,
+        "clock": "of the process" if device.type == "cpu" else "of the wall",
+        "hardware": hardware(device),
+        "versions": library_versions(),
+        "git_revision": git_revision(),
+    }
+    for path, start in zip(paths, starts):
+        if path not in batches:
             rows = range(start, min(start + args.batch_size, args.num_images))
             generators = [torch.Generator().manual_seed(image_seed(args.seed, row)) for row in rows]
             condition = {name: [values[row] for row in rows] for name, values in conditions.items()}
@@ -209,18 +278,19 @@ def carry_out(run: Run, folder: Path, conditions: dict[str, list], network, args
             tensors = {
                 name: torch.stack([getattr(output, name) for output in looked]) for name in ("features", "logits")
             }
-            save_file(tensors | {"seconds": torch.tensor(spent)}, aside)
+            save_file(tensors | {"seconds": torch.tensor(spent)}, aside, {"record": json.dumps(made)})
             aside.replace(path)
             print(
                 f"{folder.name}: {rows.stop} of {args.num_images} images, {spent[-1] / len(rows):.3f} s each",
                 flush=True,
             )
-        parts.append(load_file(path))
+            batches[path] = read_batch(path)
     del pipe
     gc.collect()  # the next pipeline need not lie beside it
+    parts = [batches[path][0] for path in paths]
     result = {name: torch.cat([part[name] for part in parts], dim=1) for name in ("features", "logits")}
     seconds = torch.stack([part["seconds"] / part["features"].shape[1] for part in parts])  # (batches, stages)
-    return result | {"seconds": seconds.median(dim=0).values}
+    return result | {"seconds": seconds.median(dim=0).values, "made": [batches[path][1] for path in paths]}
 
 
 # ------------------------------------------------------------------------------------------------------------ cells
@@ -234,6 +304,18 @@ class Real:
     covariance: torch.Tensor  # (F, F)
     features: torch.Tensor  # (N, F), as many as there are images in a cell, on the device
     labels: torch.Tensor  # (N,), the class that image i should show
+
+
+def real_features(reference: ReferenceStatistics, network, count: int) -> torch.Tensor:
+    """Features `(count, F)` of real images, a random choice that is always the same.
+
+    Not the first: they lie in the order of the data set, which may be sorted by class.
+    """
+    features = reference_features(reference, network)
+    if len(features) < count:
+        raise ValueError(f"--reference must hold features of {count} images, got {len(features)}.")
+    generator = torch.Generator().manual_seed(SUBSET_SEED)
+    return features[torch.randperm(len(features), generator=generator)[:count]]
 
 
 def score(features: torch.Tensor, logits: torch.Tensor, real: Real, rows: torch.Tensor) -> dict[str, float]:
@@ -251,7 +333,8 @@ def cell(features: torch.Tensor, logits: torch.Tensor, real: Real) -> dict[str, 
     The standard error is the standard deviation over random halves of the images (and of the real features), drawn
     without replacement: a mean over half of N has, around that of all N, the variance that the mean of all has around
     the truth. (Drawn with replacement, twins would be nearest neighbours.) All cells have the same halves,
-    so that a difference of two has an error of its own.
+    so that a difference of two has an error of its own. Of a Frechet distance near zero it is nearly twice too
+    large: that is quadratic in what the moments are off by, and half as many images are off by more.
     """
     count, features = len(features), features.to(real.features)
     figures = score(features, logits, real, torch.arange(count))
@@ -277,7 +360,14 @@ def claim(text: str, more: dict, less: dict, figure: str) -> dict[str, Any]:
     verdict = "not decided"
     if abs(difference) > 2 * error:
         verdict = "confirmed" if difference > 0 else "contradicted"
-    return {"claim": text, "figure": figure, "difference": difference, "standard_error": error, "verdict": verdict}
+    return {
+        "claim": text,
+        "figure": figure,
+        "difference": difference,
+        "standard_error": error,
+        "standard_errors": difference / error if error else None,  # the threshold is 2
+        "verdict": verdict,
+    }
 
 
 def claims_of(cells: dict[str, dict], args) -> list[dict[str, Any]]:
@@ -370,14 +460,21 @@ def tables_of(cells: dict[str, dict], args) -> list[str]:
 
 
 def claims_table(claims: list[dict[str, Any]]) -> list[str]:
-    lines = ["| claim | figure | difference | verdict |", "|---|---|---|---|"]
+    lines = ["| claim | figure | difference | in standard errors | verdict |", "|---|---|---|---|---|"]
     for one in claims:
         difference = f"{one['difference']:+.2f} ± {one['standard_error']:.2f}"
-        lines.append(f"| {one['claim']} | {one['figure']} | {difference} | {one['verdict']} |")
+        ratio = "" if one["standard_errors"] is None else f"{one['standard_errors']:+.2f}"
+        lines.append(f"| {one['claim']} | {one['figure']} | {difference} | {ratio} | {one['verdict']} |")
     return lines
 
 
 # ------------------------------------------------------------------------------------------------------------- main
+
+
+def distinct(batches: list[dict[str, Any]]) -> dict[str, list]:
+    """Of what batches say of their making, all different values; None is what an earlier version did not write."""
+    found = {name: {json.dumps(made[name]): made[name] for made in batches} for name in CIRCUMSTANCES}
+    return {name: [values[key] for key in sorted(values)] for name, values in found.items()}
 
 
 def looked_at(images: torch.Tensor, network, args) -> dict[str, torch.Tensor]:
@@ -416,14 +513,11 @@ def main(args):
     conditions = {"class_labels": labels}
     if config.text_vocab_size is not None:
         conditions = {"prompt": [split[args.caption_column][row] for row in rows]}
-    features = reference_features(reference, network)
-    if len(features) < args.num_images:
-        raise ValueError(f"--reference must hold features of {args.num_images} images, got {len(features)}.")
-    features = features[: args.num_images].to(args.device, torch.float64)
+    features = real_features(reference, network, args.num_images).to(args.device, torch.float64)
     real = Real(reference.mean, reference.covariance, features, torch.tensor(labels))
 
     # 2. The cells: real images, and every stage of every run
-    cells = {}
+    cells, made = {}, []
     if not args.sample_only:
         originals = load_images(args)
         originals = torch.stack([originals[row] for row in rows])
@@ -435,6 +529,7 @@ def main(args):
         result = carry_out(run, Path(args.output_dir) / name, conditions, network, args)
         if args.sample_only:
             continue
+        made += result["made"]
         for stage, (features, logits) in enumerate(zip(result["features"], result["logits"])):
             seconds = result["seconds"][stage].item()
             cells[f"{name}, M {stage}"] = cell(features, logits, real) | {"seconds": seconds}
@@ -451,11 +546,15 @@ def main(args):
         "network": {"name": network.name, "sha256": network.sha256, "protocol": args.protocol},
         "reference": reference.describe(),
         "paper_sampler": PAPER,
-        "seconds": "of the process on the CPU" if args.device == "cpu" else "by the clock",
+        "num_halves": NUM_HALVES,
+        "seconds": "an image, without its decoding",
         "arguments": {name: getattr(args, name) for name in RECORDED},
-        "hardware": hardware(torch.device(args.device)),
-        "versions": library_versions(),
-        "git_revision": git_revision(),
+        "sampled": distinct(made),
+        "scored": {
+            "hardware": hardware(torch.device(args.device)),
+            "versions": library_versions(),
+            "git_revision": git_revision(),
+        },
     }
     path = Path(args.results)
     path.parent.mkdir(parents=True, exist_ok=True)

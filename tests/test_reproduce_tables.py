@@ -1,16 +1,19 @@
 """examples/reproduce_tables.py: every cell is what a run of its own would give, and a verdict follows from figures."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import plot_tables
 import pytest
 import torch
-from components import tiny_rq_transformer, tiny_transformer, tiny_vae
+from components import tiny_pipeline, tiny_rq_transformer, tiny_transformer, tiny_vae
 from PIL import Image
+from safetensors.torch import save_file
 from test_evaluate import command_line, run_statistics, tiny_classifier
 
 from rq_draft_revise import (
@@ -69,7 +72,9 @@ def reproduce(problem: Path, output_dir: Path, **flags) -> dict:
         device="cpu",
     )
     arguments = command_line({**defaults, **flags})
-    reproduce_tables.main(reproduce_tables.parse_args(arguments))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce_tables, "NUM_HALVES", 20)  # of sixty cells: the figures themselves need none
+        reproduce_tables.main(reproduce_tables.parse_args(arguments))
     return json.loads((output_dir / "results.json").read_text())
 
 
@@ -145,6 +150,104 @@ def test_the_folder_of_another_run_is_refused(problem, whole):
             reproduce(problem, folder, parts=["guidance"], **{name: value})
 
 
+def test_batches_of_an_unknown_run_are_refused(problem, whole, tmp_path):
+    shutil.copytree(whole[0] / "runs", tmp_path / "runs")
+    (tmp_path / "runs" / "no-guidance" / "run.json").unlink()
+    with pytest.raises(ValueError, match="no-guidance must have a run.json.* got .*0000.safetensors without one"):
+        reproduce(problem, tmp_path, parts=["guidance"])
+    assert not (tmp_path / "runs" / "no-guidance" / "run.json").exists()
+
+
+def test_a_damaged_batch_is_named_with_what_to_do(problem, whole, tmp_path):
+    shutil.copytree(whole[0] / "runs", tmp_path / "runs")
+    path = tmp_path / "runs" / "no-guidance" / "0001.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RuntimeError, match=r"no-guidance/0001.safetensors is damaged .*delete it, and run the same"):
+        reproduce(problem, tmp_path, parts=["guidance"])
+
+
+def test_a_run_says_what_made_it(problem, whole, tmp_path):
+    """And not what scored it: a finished run of another device is scored here, an unfinished one not gone on with."""
+    folder, results = whole
+    assert results["sampled"]["device"] == ["cpu"] and results["sampled"]["clock"] == ["of the process"]
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    paths = sorted((tmp_path / "runs" / "no-guidance").glob("0*.safetensors"))
+    tensors, made = reproduce_tables.read_batch(paths[0])
+    elsewhere = {**made, "device": "cuda", "clock": "of the wall", "git_revision": "c0ffee"}
+    save_file(tensors, paths[0], {"record": json.dumps(elsewhere)})
+    tensors, _ = reproduce_tables.read_batch(paths[1])
+    save_file(tensors, paths[1])  # as an earlier version did
+    again = reproduce(problem, tmp_path, parts=["guidance"])
+    assert set(again["sampled"]["device"]) == {None, "cpu", "cuda"}
+    assert "c0ffee" in again["sampled"]["git_revision"] and again["scored"]["git_revision"] != "c0ffee"
+    assert without_seconds(again).items() <= without_seconds(results).items()
+    paths[2].unlink()
+    with pytest.raises(ValueError, match="--device must be cuda, on which the batches in .*no-guidance were made"):
+        reproduce(problem, tmp_path, parts=["guidance"])
+
+
+def test_runs_of_earlier_versions_are_scored(problem, whole, tmp_path):
+    shutil.copytree(whole[0] / "runs", tmp_path / "runs")
+    for path in (tmp_path / "runs").glob("*/run.json"):
+        record = json.loads(path.read_text())
+        kept = {name: value for name, value in record.items() if name not in reproduce_tables.NEWLY_RECORDED}
+        assert len(kept) == len(record) - (3 if path.parent.name.startswith("autoregressive") else 4)
+        path.write_text(json.dumps(kept))
+    again = reproduce(problem, tmp_path, parts=["guidance"])
+    assert without_seconds(again).items() <= without_seconds(whole[1]).items()
+
+
+def test_the_sampler_is_the_papers_whatever_limits_the_pipeline_has(problem):
+    limits = dict(top_k=1, top_p=0.1)
+    pipe, baseline = (reproduce_tables.load_pipeline(problem / name, "cpu") for name in ("rq", "ar"))
+    limited = DraftAndRevisePipeline(pipe.vae, pipe.transformer, DraftAndReviseScheduler(**limits))
+    limited_baseline = RQTransformerPipeline(baseline.vae, baseline.transformer, **limits)
+    sampler = reproduce_tables.PAPER | dict(num_inference_steps=4, num_revisions=1)
+    plain = dict(guidance_scale=1.0, temperature=1.0)
+    for one, other, settings in ((pipe, limited, sampler), (baseline, limited_baseline, plain)):
+        codes = []
+        for each in (one, other):
+            each.set_progress_bar_config(disable=True)
+            generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+            run = reproduce_tables.Run("", settings)
+            codes.append(reproduce_tables.sample(each, run, {"class_labels": [0, 1, 2]}, generators)[0][-1])
+        assert torch.equal(*codes)
+
+
+def test_the_record_of_a_run_tells_schedulers_configurations_and_tokenizers_apart(problem):
+    args = SimpleNamespace(seed=0, batch_size=5, dtype="float32", protocol="torch-fidelity")
+    network = load_feature_network(str(problem / "classifier"))
+
+    def record(pipe, prompt: str) -> dict:
+        return reproduce_tables.record_of(pipe, reproduce_tables.Run("", {}), {"prompt": [prompt]}, network, args)
+
+    pipe = tiny_pipeline("text")
+    before = record(pipe, "a cat at dusk")
+    assert record(pipe, "a cat at dusk") == before
+    assert record(pipe, "an owl")["input_ids_sha256"] != before["input_ids_sha256"]
+    pipe.scheduler.register_to_config(top_k=3)
+    assert {name for name, value in record(pipe, "a cat at dusk").items() if value != before[name]} == {
+        "scheduler_config"
+    }
+    pipe.vae.register_to_config(scaling_factor=7)
+    assert record(pipe, "a cat at dusk")["config_sha256"]["vae"] != before["config_sha256"]["vae"]
+
+
+def test_precision_and_recall_are_against_a_random_choice_of_the_real_images(problem, whole, tmp_path):
+    """Of a reference sorted by class, here of 30 far-off features and then those of the images themselves."""
+    reference = ReferenceStatistics.load(problem / "reference.npz")
+    near = reference.features
+    far = near + 1000 * (1 + torch.arange(len(near))).unsqueeze(1)
+    dataclasses.replace(reference, features=torch.cat([far, near])).save(tmp_path / "sorted.npz")
+    shutil.copytree(whole[0] / "runs", tmp_path / "runs")
+    scored = reproduce(problem, tmp_path, parts=["guidance"], reference=tmp_path / "sorted.npz")
+    assert scored["cells"]["real test images"]["recall"] > 0.2  # of the far ones none
+    chosen = reproduce_tables.real_features(dataclasses.replace(reference, features=torch.arange(1000.0)), None, 100)
+    assert len(chosen.unique()) == 100 and 400 < chosen.mean() < 600
+    with pytest.raises(ValueError, match="--reference must hold features of 61 images, got 60"):
+        reproduce_tables.real_features(ReferenceStatistics.load(tmp_path / "sorted.npz"), None, 61)
+
+
 def test_every_figure_of_the_parts_is_in_the_tables(whole):
     folder, results = whole
     text = (folder / "results.md").read_text()
@@ -182,8 +285,16 @@ def test_a_verdict_needs_two_standard_errors():
     assert reproduce_tables.claim("", worse, better, "fd")["verdict"] == "confirmed"
 
 
-def test_the_standard_error_is_that_of_repeated_samples():
+def test_a_verdict_at_the_threshold_hangs_less_on_the_halves():
+    """The ratio of a difference to its standard error is known to 1/√(2n): by 400 halves to 3.5 %."""
+    generator = torch.Generator().manual_seed(0)
+    errors = torch.stack([torch.randn(reproduce_tables.NUM_HALVES, generator=generator).std() for _ in range(200)])
+    assert errors.std() < 0.05
+
+
+def test_the_standard_error_is_that_of_repeated_samples(monkeypatch):
     """Of a mean it is σ/√N, here as the spread of the Fréchet distance over independent samples."""
+    monkeypatch.setattr(reproduce_tables, "NUM_HALVES", 100)
     generator = torch.Generator().manual_seed(0)
     mean, covariance = torch.zeros(4).double(), torch.eye(4).double()
     features = torch.randn(40, 200, 4, generator=generator).double() + 1
@@ -211,6 +322,9 @@ def test_figure_1_is_not_drawn_from_another_run(whole, tmp_path):
         path.write_text(json.dumps(other))
         with pytest.raises(ValueError, match=f"with the part figure-1, and .*{path.name} is not"):
             plot_tables.main(plot_tables.parse_args([str(path), str(tmp_path / "figure.png")]))
+    path.write_text(json.dumps(results)[:-20])
+    with pytest.raises(ValueError, match=f"must be a JSON file, and .*{path.name} is not one"):
+        plot_tables.main(plot_tables.parse_args([str(path), str(tmp_path / "figure.png")]))
     assert not (tmp_path / "figure.png").exists()
 
 
