@@ -187,21 +187,22 @@ def sample(pipe, case: Case, warm_up: bool = False) -> torch.Tensor:
 
 def time_cases(pipes: dict, cases: list[Case], args, device: torch.device) -> None:
     """Fill in times and memory; the cases take turns."""
-    for _ in range(2):  # a CUDA graph is warmed up by its first call and recorded by its second, also the condition's
-        for case in cases:
+    for case in cases:
+        others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        limits.reset_peak_memory(device)
+        # Twice, as torch.compile records a CUDA graph at the second call, also of the condition. A graph takes its
+        # memory when it is recorded, so the peak is that of these calls: the run's own shapes.
+        for _ in range(2):
             sample(pipes[case.pipeline], case, warm_up=True)
+        own = case.weight_bytes if device.type == "cuda" else 0  # of the models in memory only this one
+        case.peak_memory = limits.peak_memory(device) - others + own
     for run in range(args.runs):
         for case in cases:
             if sum(case.times) > args.max_seconds:
                 continue
             pipe = pipes[case.pipeline]
-            others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
             codes = []
-            limits.reset_peak_memory(device)
             case.times.append(limits.seconds(lambda: codes.append(sample(pipe, case)), device))  # noqa: B023
-            if run == 0:  # of the other models in memory only what this one needs itself
-                own = case.weight_bytes if device.type == "cuda" else 0
-                case.peak_memory = limits.peak_memory(device) - others + own
             decode = lambda: pipe.decode_latents(codes[0], "pt")  # noqa: B023, E731
             if run == 0:
                 decode()  # to warm up

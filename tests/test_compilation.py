@@ -7,8 +7,11 @@ tensor on the CPU nor wait for the device, and no pipeline may read a result onc
 
 import pytest
 import torch
+from claimed_device import claimed_device
 from components import CONDITIONS, tiny_pipeline, tiny_rq_pipeline
+from cuda_graphs import GraphedCall
 from PIL import Image
+from random_pipelines import compile_step
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -218,3 +221,73 @@ def test_no_result_is_read_after_the_next_call_while_inpainting(monkeypatch):
     expected = pipe(**arguments, generator=torch.Generator().manual_seed(0)).images
     overwrite_results_at_the_next_call(monkeypatch, pipe.transformer)
     assert torch.equal(pipe(**arguments, generator=torch.Generator().manual_seed(0)).images, expected)
+
+
+class Recorder:
+    """Stands for CUDA graphs: a replay computes anew, into the memory of the first results."""
+
+    def __init__(self):
+        self.recorded = 0
+
+    def __call__(self, function):
+        self.recorded += 1
+        result = function()
+
+        def replay():
+            for old, new in zip(tree_leaves(result), tree_leaves(function()), strict=True):
+                old.data.copy_(new)  # as a graph does: no version counter is told
+
+        return result, replay
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("tiny", [tiny_pipeline, tiny_rq_pipeline])
+def test_replayed_calls_draw_the_same(monkeypatch, tiny, condition):
+    pipe, recorder = tiny(condition), Recorder()
+    monkeypatch.setattr("cuda_graphs.CUDAGraphRecorder", lambda: recorder)
+    steps = [{}, {}] if tiny is tiny_rq_pipeline else [dict(num_inference_steps=n, num_revisions=2) for n in (4, 2, 4)]
+    expected = [codes_of(pipe, condition, **options) for options in steps]
+    compile_step(pipe, "cudagraphs")
+    recorded = []
+    for options, reference in zip(steps, expected, strict=True):
+        assert torch.equal(codes_of(pipe, condition, **options), reference)
+        recorded.append(recorder.recorded)
+    assert 0 < recorded[0] <= 3 and recorded[-1] == recorded[-2]  # nothing is recorded again
+
+
+def test_only_inputs_that_have_changed_are_copied():
+    def add(a, b):
+        return a + b
+
+    call = GraphedCall(add, record=Recorder())
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 6.0])
+    total = call(a, b)
+    assert total.tolist() == [6, 8]
+    (inputs, *_) = call._graphs[next(iter(call._graphs))]
+    versions = [own._version for own in inputs]
+    assert call(a, b[:]).tolist() == [6, 8]
+    assert [own._version for own in inputs] == versions
+    b.add_(1)
+    assert call(a, b).tolist() == [7, 9]
+    assert call(total, b).tolist() == [13, 16]  # what it has returned
+    assert call(total, b).tolist() == [19, 23]  # and has written over since
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("tiny", [tiny_pipeline, tiny_rq_pipeline])
+def test_what_is_recorded_does_not_wait_for_the_device(tiny, guided):
+    pipe = tiny("class")
+    pipe.set_progress_bar_config(disable=True)
+    with claimed_device() as seen:
+        pipe.to("cuda")
+        forward, waits = pipe.transformer.forward, []
+
+        def call(*args, **kwargs):
+            before = seen.waits.total()
+            result = forward(*args, **kwargs)
+            waits.append(seen.waits.total() - before)
+            return result
+
+        pipe.transformer.forward = call
+        pipe(class_labels=[1, 2], guidance_scale=1.7 if guided else 1.0, output_type="latent")
+    assert len(waits) > 4 and not any(waits)
