@@ -302,6 +302,7 @@ class Reconstruction:
             raise ValueError(f"--num_images must be at most {len(self.originals):,}, the images of the data set, got "
                              f"{self.num_images:,}.")  # fmt: skip
         self.protocol = get_protocol(args.protocol)
+        self._read = (None, None)  # the last batch: it is reconstructed, then compared
 
     def record(self) -> dict[str, Any]:
         """All that the reconstructions depend on; of the data set where it is, and of its pixels a digest later."""
@@ -316,7 +317,9 @@ class Reconstruction:
 
     def read(self, indices: range) -> torch.Tensor:
         """The originals, uint8 `(B, 3, H, W)`."""
-        return torch.stack([self.originals[index] for index in indices])
+        if self._read[0] != indices:
+            self._read = (indices, torch.stack([self.originals[index] for index in indices]))
+        return self._read[1]
 
     def make(self, indices: range) -> torch.Tensor:
         """Their reconstructions, uint8 `(B, 3, H, W)`."""
@@ -435,9 +438,11 @@ def measure(
     if isinstance(work, Reconstruction):
         originals = work.read(indices)
         measured["original_digest"] = torch.tensor([image_digest(image) for image in originals])
-        measured["psnr"] = psnr(images, originals)
+        device = work.vae.device if work.vae.device.type == "cuda" else "cpu"  # float64, which not every device has
+        pairs = [(a.to(device), b.to(device)) for a, b in zip(images.split(batch_size), originals.split(batch_size))]
+        measured["psnr"] = torch.cat([psnr(*pair).cpu() for pair in pairs])
         if min(images.shape[2:]) >= 11:
-            measured["ssim"] = ssim(images, originals)
+            measured["ssim"] = torch.cat([ssim(*pair).cpu() for pair in pairs])
         if networks.features is not None:
             look(originals, "original_")
         if networks.lpips is not None:

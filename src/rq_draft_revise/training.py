@@ -467,6 +467,7 @@ def train(
                         loss = (1 - config.text_loss_weight) * image_loss + config.text_loss_weight * text_loss
                         parts["text_loss"] = text_loss
                     accelerator.backward(loss)
+                del out  # the logits, which would stay beside those of the next micro-batch
                 for name, value in {"loss": loss, **parts}.items():
                     losses[name] += value.detach() / args.gradient_accumulation_steps
             place = batch.place or place
