@@ -26,7 +26,7 @@ def parse_args(argv=None):
 
 
 def plot(report: dict, path: str) -> None:
-    """A panel a dtype and mode; a colour a pipeline and T_draft, solid as measured, dashed the bound."""
+    """A panel a dtype and mode; a colour a pipeline and T_draft; dots as measured, bars (dashes between) the bound."""
     panels = list(dict.fromkeys((row["dtype"], row["mode"]) for row in report["cases"]))
     names = list(dict.fromkeys((row["pipeline"], row["num_inference_steps"]) for row in report["cases"]))
     width = max(8, 1.5 + 3.4 * len(panels))  # the legend needs eight inches
@@ -53,7 +53,7 @@ def plot(report: dict, path: str) -> None:
         axis.minorticks_off()
         axis.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("ms an image (dashed: hardware limit)")
+    axes[0][0].set_ylabel("ms an image (bars: hardware limit)")
     handles, labels = axes[0][0].get_legend_handles_labels()  # all panels draw the same
     figure.legend(handles, labels, loc="lower center", ncols=min(3, len(labels)), frameon=False, fontsize="small")
     figure.tight_layout(rect=(0, legend_height / height, 1, 1))
