@@ -22,14 +22,14 @@ class GraphedCall:
         function (`Callable`): Takes and returns tensors and what holds them; other arguments are part of the shape.
         in_place (`tuple[str]`): Keyword arguments that it writes to, or that never move: they are not copied, and have
             to be at the same place at each call of a shape.
-        record (`Callable`, *optional*): From a function without arguments to its result and the function that
-            computes it anew in the same memory.
+        recorder (`Callable`): Makes what records: from a function without arguments to its result and the function
+            that computes it anew in the same memory.
     """
 
-    def __init__(self, function: Callable, in_place: tuple[str, ...] = (), record: Callable | None = None):
+    def __init__(self, function: Callable, in_place: tuple[str, ...] = (), recorder: Callable | None = None):
         self.function, self.in_place = function, in_place
-        self.record = CUDAGraphRecorder() if record is None else record
-        self._graphs: dict[Any, tuple] = {}
+        self.recorder = CUDAGraphRecorder if recorder is None else recorder
+        self.clear()
 
     def __call__(self, *args, **kwargs):
         fixed = {name: kwargs.pop(name) for name in self.in_place if name in kwargs}
@@ -42,7 +42,7 @@ class GraphedCall:
         if shape not in self._graphs:
             inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
             own_args, own_kwargs = tree_unflatten(inputs, structure)
-            result, replay = self.record(lambda: self.function(*own_args, **own_kwargs, **fixed))
+            result, replay = self._record(lambda: self.function(*own_args, **own_kwargs, **fixed))
             self._graphs[shape] = inputs, [None] * len(inputs), fixed, result, replay
         inputs, held, _, result, replay = self._graphs[shape]
         for i, (own, new) in enumerate(zip(inputs, leaves, strict=True)):
@@ -54,6 +54,11 @@ class GraphedCall:
         for tensor in tree_leaves(result):
             torch.autograd.graph.increment_version(tensor)  # a replay writes without torch's knowing
         return result
+
+    def clear(self) -> None:
+        """Let go of all graphs and their memory."""
+        self._graphs: dict[Any, tuple] = {}
+        self._record = self.recorder()
 
 
 def same_values(held: tuple[torch.Tensor, int], new: torch.Tensor) -> bool:
@@ -69,10 +74,9 @@ class CUDAGraphRecorder:
     """Records what a function launches, all of it in one pool of memory."""
 
     def __init__(self):
-        self._pool = None
+        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable) -> tuple[Any, Callable]:
-        self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
         # The first calls choose algorithms and allocate workspaces, which may not be done while recording.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -40,7 +40,7 @@ def parse_args(argv=None):
 def time_sampling(args) -> dict:
     """Seconds an image of the fast and of the naive sampler, decoding left out, and whether their codes are equal."""
     device = torch.device(args.device)
-    pipe = DraftAndRevisePipeline.from_pretrained(args.pipeline, torch_dtype=torch.float32).to(device)
+    pipe = DraftAndRevisePipeline.from_pretrained(args.pipeline, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     transformer, scheduler = pipe.transformer, pipe.scheduler
     condition, naive = {}, {}

@@ -280,7 +280,10 @@ def main(argv=None):
                 report = report_of(cases, left_out, rates, bandwidths, args)
                 if args.output:  # after each group, so that a run cut short leaves what it has
                     write_json(Path(args.output), report)
-                if mode != "eager":
+                if mode == "cudagraphs":
+                    for pipe in pipes.values():
+                        pipe.transformer.forward.clear()
+                elif mode != "eager":
                     torch.compiler.reset()
             del pipes, pipe
     print_report(report)

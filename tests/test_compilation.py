@@ -259,7 +259,7 @@ def test_only_inputs_that_have_changed_are_copied():
     def add(a, b):
         return a + b
 
-    call = GraphedCall(add, record=Recorder())
+    call = GraphedCall(add, recorder=Recorder)
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 6.0])
     total = call(a, b)
     assert total.tolist() == [6, 8]
@@ -271,6 +271,8 @@ def test_only_inputs_that_have_changed_are_copied():
     assert call(a, b).tolist() == [7, 9]
     assert call(total, b).tolist() == [13, 16]  # what it has returned
     assert call(total, b).tolist() == [19, 23]  # and has written over since
+    call.clear()
+    assert call(a, b).tolist() == [7, 9] and len(call._graphs) == 1
 
 
 @pytest.mark.parametrize("guided", [False, True])
