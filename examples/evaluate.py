@@ -54,6 +54,7 @@ from rq_draft_revise.metrics import (
 )
 from rq_draft_revise.provenance import (
     check_same_run,
+    config_sha256,
     file_sha256,
     git_revision,
     hardware,
@@ -329,11 +330,6 @@ class Reconstruction:
 
 
 # ------------------------------------------------------------------------------------------- what is known of a batch
-
-
-def config_sha256(model) -> str:
-    """Digest of a model's configuration: the same weights have other heads by it."""
-    return hashlib.sha256(json.dumps(public(model.config), sort_keys=True).encode()).hexdigest()
 
 
 def image_path(output_dir: Path, index: int) -> Path:

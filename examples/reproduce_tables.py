@@ -22,7 +22,6 @@ draft and 0.8 in the revisions, guidance 1.8 (ImageNet 821M's) while revising al
 
 import argparse
 import gc
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +40,11 @@ from rq_draft_revise.images import encode_pixels
 from rq_draft_revise.metrics import ReferenceStatistics, frechet_distance, moments, precision_and_recall
 from rq_draft_revise.provenance import (
     check_same_run,
+    config_sha256,
     git_revision,
     hardware,
     image_seed,
+    json_sha256,
     library_versions,
     public,
     write_json,
@@ -190,16 +191,12 @@ def sample(pipe, run: Run, condition: dict[str, list], generators) -> tuple[list
     return [codes], [seconds_now(pipe.device) - start]
 
 
-def digest(content) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def record_of(pipe, run: Run, conditions: dict[str, list], network, args) -> dict[str, Any]:
     """All that the images of a run, and what is kept of them, depend on."""
     models = {name: getattr(pipe, name) for name in ("vae", "transformer")}
     record = {
         "weights_sha256": {name: weights_sha256(model) for name, model in models.items()},
-        "config_sha256": {name: digest(public(model.config)) for name, model in models.items()},
+        "config_sha256": {name: config_sha256(model) for name, model in models.items()},
         "sampler": run.sampler,
         **all_codes(pipe),
         "conditions": conditions,
@@ -213,7 +210,7 @@ def record_of(pipe, run: Run, conditions: dict[str, list], network, args) -> dic
     if "prompt" in conditions:  # what the transformer sees of the tokenizer
         config = pipe.transformer.config
         ids = input_ids_of(conditions["prompt"], pipe.tokenizer, config.max_text_length, config.text_vocab_size)
-        record["input_ids_sha256"] = digest(ids.tolist())
+        record["input_ids_sha256"] = json_sha256(ids.tolist())
     return record
 
 

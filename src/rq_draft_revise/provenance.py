@@ -40,6 +40,16 @@ def public(config) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
+def json_sha256(content) -> str:
+    """Digest of what JSON can say."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def config_sha256(model) -> str:
+    """Digest of a model's configuration: the same weights have other heads by it."""
+    return json_sha256(public(model.config))
+
+
 def file_sha256(path: str | Path) -> str:
     """Digest of a file of any size."""
     digest = hashlib.sha256()
