@@ -66,17 +66,19 @@ def compile_step(pipe, mode: str) -> None:
 
     With `blocks` each of its blocks is compiled, as diffusers' `compile_repeated_blocks` does it: seconds instead of
     minutes of compilation, but no CUDA graph of a whole step. With `cudagraphs` the eager kernels of the call are
-    replayed as such a graph. Any other mode is one of `torch.compile`, a graph a shape. (Of the baseline's cache that
-    makes a copy for each layer, as the layers' parts are views that are written to.)
+    replayed as such a graph, with `blocks-cudagraphs` those of compiled blocks. Any other mode is one of
+    `torch.compile`, a graph a shape. (Of the baseline's cache that makes a copy for each layer, as the layers' parts
+    are views that are written to.)
 
     The baseline's cache stays at one address: a CUDA graph writes where it wrote when it was recorded.
     """
     if mode == "eager":
         return
-    if mode == "blocks":
+    if mode.startswith("blocks"):
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
-        return
-    if mode == "cudagraphs":
+        if mode == "blocks":
+            return
+    if mode in ("cudagraphs", "blocks-cudagraphs"):
         pipe.transformer.forward = GraphedCall(pipe.transformer.forward, in_place=("past_key_values",))
     else:
         pipe.transformer.compile(fullgraph=True, dynamic=False, mode=mode)

@@ -5,13 +5,13 @@
     python benchmarks/sampling.py --device cuda --profile profile         # with torch.profiler's table of each case
 
 A *case* is a pipeline and a number of draft steps, at a batch size, a dtype and a mode. Weights are random, made in
-the dtype on the device; the calls are those a user makes, with the defaults of the pipeline's config, up to the
-codes. The RQ-VAE's decoding is timed apart. Cases of one batch size, dtype and mode take turns, and the median of
-their runs counts. The mode is `eager`, `blocks` (each block is compiled, diffusers' `compile_repeated_blocks`),
-`cudagraphs` (the eager kernels of the transformer's call, replayed as one CUDA graph), or a mode of `torch.compile`,
-in which the transformer's call is one graph; `reduce-overhead` and `max-autotune` replay that as a CUDA graph. With
-`--max_seconds`, cases are left out, and named, of which a run must take longer than that by their operations alone,
-and no case is run again once its runs have taken as long together.
+the dtype on the device; the calls are those a user makes, with the defaults of the pipeline's config, up to the codes.
+The RQ-VAE's decoding is timed apart. Cases of one batch size, dtype and mode take turns, and the median of their runs
+counts. The mode is `eager`, `blocks` (each block is compiled, diffusers' `compile_repeated_blocks`), `cudagraphs` (the
+eager kernels of the transformer's call, replayed as one CUDA graph), `blocks-cudagraphs` (the same of compiled
+blocks), or a mode of `torch.compile`, in which the transformer's call is one graph; `reduce-overhead` and
+`max-autotune` replay that as a CUDA graph. With `--max_seconds`, cases are left out, and named, of which a run must
+take longer than that by their operations alone, and no case is run again once its runs have taken as long together.
 
 *Share* is the least time that the hardware allows, as `benchmarks/limits.py` defines it, over the time measured, with
 rate and bandwidth measured in this run. Then the ratios that must hold are printed, each with its figures:
@@ -48,7 +48,8 @@ SMALL = ["cifar10-32", "table-2-cifar10-vq", "table-2-cifar10-ar"]
 PUBLISHED = ["imagenet-256-371m", "imagenet-256-821m", "imagenet-256-1.4b", "imagenet-256-vq-350m",
              "rq-imagenet-256-1.4b", "cc3m-256-366m", "cc3m-256-654m"]  # fmt: skip
 SHORT_DRAFT = 8
-COMPILED_MODES = ["blocks", "cudagraphs", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+GRAPHED_MODES = ["cudagraphs", "blocks-cudagraphs"]
+COMPILED_MODES = ["blocks", *GRAPHED_MODES, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 def parse_args(argv=None):
@@ -70,7 +71,7 @@ def parse_args(argv=None):
     cpu = torch.device(args.device).type == "cpu"
     args.pipelines = args.pipelines or [str(ROOT / "pipelines" / name) for name in (SMALL if cpu else PUBLISHED)]
     args.batch_sizes = args.batch_sizes or ([1, 4] if cpu else [1, 16, 100])
-    args.modes = args.modes or (["eager", "blocks"] if cpu else ["eager", "blocks", "cudagraphs", "reduce-overhead"])
+    args.modes = args.modes or (["eager", "blocks"] if cpu else ["eager", "blocks", *GRAPHED_MODES])
     return args
 
 
@@ -280,7 +281,7 @@ def main(argv=None):
                 report = report_of(cases, left_out, rates, bandwidths, args)
                 if args.output:  # after each group, so that a run cut short leaves what it has
                     write_json(Path(args.output), report)
-                if mode == "cudagraphs":
+                if mode in GRAPHED_MODES:
                     for pipe in pipes.values():
                         pipe.transformer.forward.clear()
                 elif mode != "eager":

@@ -5,6 +5,8 @@ replays kernels on the device alone, and writes its results to the same memory e
 tensor on the CPU nor wait for the device, and no pipeline may read a result once the next call has begun.
 """
 
+from functools import partialmethod
+
 import pytest
 import torch
 from claimed_device import claimed_device
@@ -240,14 +242,15 @@ class Recorder:
         return result, replay
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("mode, condition", [*(("cudagraphs", c) for c in CONDITIONS), ("blocks-cudagraphs", "class")])
 @pytest.mark.parametrize("tiny", [tiny_pipeline, tiny_rq_pipeline])
-def test_replayed_calls_draw_the_same(monkeypatch, tiny, condition):
+def test_replayed_calls_draw_the_same(monkeypatch, fresh_compiler, tiny, mode, condition):
     pipe, recorder = tiny(condition), Recorder()
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
     monkeypatch.setattr("cuda_graphs.CUDAGraphRecorder", lambda: recorder)
     steps = [{}, {}] if tiny is tiny_rq_pipeline else [dict(num_inference_steps=n, num_revisions=2) for n in (4, 2, 4)]
     expected = [codes_of(pipe, condition, **options) for options in steps]
-    compile_step(pipe, "cudagraphs")
+    compile_step(pipe, mode)
     recorded = []
     for options, reference in zip(steps, expected, strict=True):
         assert torch.equal(codes_of(pipe, condition, **options), reference)
