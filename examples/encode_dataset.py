@@ -31,7 +31,7 @@ from accelerate import Accelerator
 from rq_draft_revise.code_cache import digest_of, encoded_rows
 from rq_draft_revise.data import CODES_COLUMN, VAE_COLUMN, SkippedRows, is_empty, load_split, local_state, undecoded
 from rq_draft_revise.flags import FlagHelp, add_data_flags, add_view_flags, check_flags
-from rq_draft_revise.training import load_vae
+from rq_draft_revise.training import check_resolution, load_vae
 from rq_draft_revise.waiting import main_process_first, wait_for_everyone
 
 
@@ -181,10 +181,7 @@ def main(args):
     device = accelerator.device
     output_dir = Path(args.output_dir)
     vae = load_vae(args.pretrained_model_name_or_path, args.vae).requires_grad_(False).eval().to(device)
-    if args.resolution is None:
-        args.resolution = vae.config.sample_size
-    if args.resolution < 1 or args.resolution % vae.spatial_scale_factor:
-        raise ValueError(f"--resolution must be a multiple of {vae.spatial_scale_factor}, got {args.resolution}.")
+    check_resolution(args, vae)
     settings = settings_of(args, vae)
     check_same_settings(output_dir / ".encoding.json", settings)
     is_finished = (output_dir / "data").is_dir()

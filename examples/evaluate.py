@@ -32,12 +32,10 @@ from accelerate.utils import broadcast_object_list
 from compute_statistics import add_network_arguments, load_images, load_network
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline, RQVAEModel
-from rq_draft_revise.data import UNREADABLE, input_ids_of, is_empty, load_split, local_state
+from rq_draft_revise.data import UNREADABLE, input_ids_sha256, is_empty, load_split, local_state
 from rq_draft_revise.features import CLIPEmbeddings, get_protocol, reference_features, weights_sha256
 from rq_draft_revise.images import decode_codes, encode_pixels
 from rq_draft_revise.metrics import (
@@ -60,8 +58,11 @@ from rq_draft_revise.provenance import (
     hardware,
     image_digest,
     image_seed,
+    json_sha256,
     library_versions,
     public,
+    read_batch,
+    save_batch,
     write_json,
 )
 from rq_draft_revise.publishing import pipeline_class_of
@@ -249,6 +250,10 @@ class Sampling:
         images_each = sorted(set(counts.values()))
         scheduler = getattr(self.pipe, "scheduler", None)
         models = {name: getattr(self.pipe, name) for name in ("vae", "transformer")}
+        seen_of_captions, config = {}, self.pipe.transformer.config
+        if self.condition == "prompt":
+            tokens = (self.pipe.tokenizer, config.max_text_length, config.text_vocab_size)
+            seen_of_captions = {"input_ids_sha256": input_ids_sha256(self.conditions, *tokens)}
         return {
             "pipeline_class": type(self.pipe).__name__,
             "weights_sha256": {name: weights_sha256(model) for name, model in models.items()},
@@ -258,17 +263,11 @@ class Sampling:
             "condition": self.condition,
             "num_conditions": len(counts),
             "images_per_condition": images_each[0] if len(images_each) == 1 else images_each,
-            "conditions_sha256": hashlib.sha256(json.dumps(self.conditions).encode()).hexdigest(),
-            **({"input_ids_sha256": self.input_ids_sha256()} if self.condition == "prompt" else {}),
+            "conditions_sha256": json_sha256(self.conditions),
+            **seen_of_captions,
             "seed": self.seed,
             "seed_of_image_i": "high, low = SeedSequence([seed, i]).generate_state(2); (high >> 1) << 32 | low",
         }
-
-    def input_ids_sha256(self) -> str:
-        """Of all captions: what the transformer sees of the tokenizer, whose files say it in many ways."""
-        captions, config = list(dict.fromkeys(self.conditions)), self.pipe.transformer.config
-        ids = input_ids_of(captions, self.pipe.tokenizer, config.max_text_length, config.text_vocab_size)
-        return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
     def make(self, indices: range) -> torch.Tensor:
         """The images of these indices, uint8 `(B, 3, H, W)`."""
@@ -435,15 +434,15 @@ def measure(
         originals = work.read(indices)
         measured["original_digest"] = torch.tensor([image_digest(image) for image in originals])
         device = work.vae.device if work.vae.device.type == "cuda" else "cpu"  # float64, which not every device has
-        pairs = [(a.to(device), b.to(device)) for a, b in zip(images.split(batch_size), originals.split(batch_size))]
-        measured["psnr"] = torch.cat([psnr(*pair).cpu() for pair in pairs])
+        pairs = list(zip(images.split(batch_size), originals.split(batch_size)))
+        compared = [tuple(part.to(device) for part in pair) for pair in pairs]
+        measured["psnr"] = torch.cat([psnr(*pair).cpu() for pair in compared])
         if min(images.shape[2:]) >= 11:
-            measured["ssim"] = torch.cat([ssim(*pair).cpu() for pair in pairs])
+            measured["ssim"] = torch.cat([ssim(*pair).cpu() for pair in compared])
         if networks.features is not None:
             look(originals, "original_")
         if networks.lpips is not None:
             device = next(networks.lpips.buffers()).device
-            pairs = zip(images.split(batch_size), originals.split(batch_size))
             distances = [
                 networks.lpips.metric(*(part.to(device).float() / 127.5 - 1 for part in pair)).flatten().cpu()
                 for pair in pairs
@@ -580,9 +579,8 @@ def main(args):
             **work.record(),
         }
         output_dir.mkdir(parents=True, exist_ok=True)
-        check_no_strangers(output_dir)
         # Earlier versions did not record the configurations, which hardly change without the weights.
-        check_same_run(output_dir, drawn, may_lack=["config_sha256"])
+        check_same_run(output_dir, drawn, may_lack=["config_sha256"], made=["images/*", "batches-*/*"])
         batches_dir.mkdir(exist_ok=True)
         if args.save_images:
             (output_dir / "images").mkdir(exist_ok=True)
@@ -611,12 +609,10 @@ def main(args):
                 save_images(output_dir, indices, images)
         measured = measure(networks, work, indices, images, args.scoring_batch_size)
         path = batch_path(batches_dir, k)
-        aside = path.with_name(f".{path.name}.partial")
         record = {"seconds": seconds, "num_processes": accelerator.num_processes, "hardware": hardware(device)}
         if seconds is None:
             record = record_of_sampling(output_dir, k, measured["digest"]) or record
-        save_file({name: t.contiguous() for name, t in measured.items()}, aside, {"record": json.dumps(record)})
-        aside.replace(path)
+        save_batch(path, measured, record)
     wait_for_everyone(accelerator)
     num_made = int(accelerator.reduce(torch.tensor(num_made, device=device)))
 
@@ -663,17 +659,6 @@ def main(args):
     accelerator.end_training()
 
 
-def check_no_strangers(output_dir: Path) -> None:
-    """Refuse images and batches of which no run.json says what they are: they would be scored as the pipeline's."""
-    if not (output_dir / "run.json").is_file():
-        found = min([*output_dir.glob("images/*"), *output_dir.glob("batches-*/*")], default=None)
-        if found is not None:
-            raise ValueError(
-                f"--output_dir {output_dir} must have a run.json, which says of which run its images are, got {found} "
-                "without one. Give another folder, or delete this one."
-            )
-
-
 def batch_path(batches_dir: Path, k: int) -> Path:
     return batches_dir / f"{k:06d}.safetensors"
 
@@ -682,28 +667,18 @@ def record_of_sampling(output_dir: Path, k: int, digest: torch.Tensor) -> dict[s
     """The record of the batch whose images, of digests `(B,)`, were sampled, and not only scored by other networks."""
     for path in sorted(output_dir.glob(f"batches-*/{k:06d}.safetensors")):
         try:
-            with safe_open(path, framework="pt") as file:
-                record = json.loads(file.metadata()["record"])
-                if record["seconds"] is not None and torch.equal(file.get_tensor("digest"), digest):
-                    return record
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError):  # told to the run that needs it
+            tensors, record = read_batch(path, ["digest"])
+        except RuntimeError:  # told to the run that needs it
             continue
+        if record.get("seconds") is not None and torch.equal(tensors["digest"], digest):
+            return record
     return None
 
 
 def read_batches(batches_dir: Path, num_batches: int) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """All that was measured, in the order of the images, and each batch's own record."""
-    parts, records = {}, []
-    for k in range(num_batches):
-        path = batch_path(batches_dir, k)
-        try:
-            with safe_open(path, framework="pt") as file:
-                records.append(json.loads(file.metadata()["record"]))
-                for name in file.keys():  # noqa: SIM118, no dictionary
-                    parts.setdefault(name, []).append(file.get_tensor(name))
-        except (OSError, SafetensorError, TypeError, KeyError) as error:
-            raise RuntimeError(f"{path} is damaged ({error}): delete it, and run the same command again.") from error
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}, records
+    parts, records = zip(*(read_batch(batch_path(batches_dir, k)) for k in range(num_batches)))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, list(records)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,9 @@ from typing import Any
 import torch
 from compute_statistics import add_network_arguments, load_images, load_network
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline
-from rq_draft_revise.data import input_ids_of, load_split
+from rq_draft_revise.data import input_ids_sha256, load_split
 from rq_draft_revise.features import get_protocol, reference_features, weights_sha256
 from rq_draft_revise.images import encode_pixels
 from rq_draft_revise.metrics import ReferenceStatistics, frechet_distance, moments, precision_and_recall
@@ -44,9 +42,10 @@ from rq_draft_revise.provenance import (
     git_revision,
     hardware,
     image_seed,
-    json_sha256,
     library_versions,
     public,
+    read_batch,
+    save_batch,
     write_json,
 )
 from rq_draft_revise.publishing import pipeline_class_of
@@ -209,20 +208,15 @@ def record_of(pipe, run: Run, conditions: dict[str, list], network, args) -> dic
         record["scheduler_config"] = public(pipe.scheduler.config)
     if "prompt" in conditions:  # what the transformer sees of the tokenizer
         config = pipe.transformer.config
-        ids = input_ids_of(conditions["prompt"], pipe.tokenizer, config.max_text_length, config.text_vocab_size)
-        record["input_ids_sha256"] = json_sha256(ids.tolist())
+        tokens = (pipe.tokenizer, config.max_text_length, config.text_vocab_size)
+        record["input_ids_sha256"] = input_ids_sha256(conditions["prompt"], *tokens)
     return record
 
 
-def read_batch(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def batch_of(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What a batch's file holds, and what it says of its making: None each where an earlier version wrote it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in ("features", "logits", "seconds")}
-            record = json.loads((file.metadata() or {}).get("record", "{}"))
-            return tensors, {name: record.get(name) for name in CIRCUMSTANCES}
-    except (OSError, SafetensorError, ValueError, AttributeError) as error:
-        raise RuntimeError(f"{path} is damaged ({error}): delete it, and run the same command again.") from error
+    tensors, record = read_batch(path, ["features", "logits", "seconds"], may_lack_record=True)
+    return tensors, {name: record.get(name) for name in CIRCUMSTANCES}
 
 
 def carry_out(run: Run, folder: Path, conditions: dict[str, list], network, args) -> dict[str, Any]:
@@ -238,17 +232,11 @@ def carry_out(run: Run, folder: Path, conditions: dict[str, list], network, args
         `RuntimeError`: a batch's file is damaged.
     """
     pipe, protocol = load_pipeline(run.pipeline, args.device, args.dtype), get_protocol(args.protocol)
-    found = min(folder.glob("*.safetensors"), default=None)
-    if found is not None and not (folder / "run.json").is_file():
-        raise ValueError(
-            f"{folder} must have a run.json, which says of which run its batches are, got {found} without one. Give "
-            "another --output_dir, or delete this folder."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    check_same_run(folder, record_of(pipe, run, conditions, network, args), may_lack=NEWLY_RECORDED)
+    record = record_of(pipe, run, conditions, network, args)
+    check_same_run(folder, record, may_lack=NEWLY_RECORDED, made=["*.safetensors"])
     starts = range(0, args.num_images, args.batch_size)
     paths = [folder / f"{number:04d}.safetensors" for number in range(len(starts))]
-    batches = {path: read_batch(path) for path in paths if path.is_file()}
+    batches = {path: batch_of(path) for path in paths if path.is_file()}
     # What is finished may be scored anywhere; but one run is made by one kind of device, whose rounding is its own.
     device = torch.device(args.device)
     others = {made["device"] for _, made in batches.values()} - {device.type, None}
@@ -271,17 +259,15 @@ def carry_out(run: Run, folder: Path, conditions: dict[str, list], network, args
             condition = {name: [values[row] for row in rows] for name, values in conditions.items()}
             stages, spent = sample(pipe, run, condition, generators)
             looked = [network(protocol.to_uint8(pipe.decode_latents(codes, "pt")).cpu()) for codes in stages]
-            aside = path.with_name(f".{path.name}.partial")
             tensors = {
                 name: torch.stack([getattr(output, name) for output in looked]) for name in ("features", "logits")
             }
-            save_file(tensors | {"seconds": torch.tensor(spent)}, aside, {"record": json.dumps(made)})
-            aside.replace(path)
+            save_batch(path, tensors | {"seconds": torch.tensor(spent)}, made)
             print(
                 f"{folder.name}: {rows.stop} of {args.num_images} images, {spent[-1] / len(rows):.3f} s each",
                 flush=True,
             )
-            batches[path] = read_batch(path)
+            batches[path] = batch_of(path)
     del pipe
     gc.collect()  # the next pipeline need not lie beside it
     parts = [batches[path][0] for path in paths]

@@ -74,6 +74,7 @@ from rq_draft_revise.publishing import upload
 from rq_draft_revise.splits import load_splits, num_streamed, seen_rows
 from rq_draft_revise.training import (
     AveragedWeights,
+    check_resolution,
     gathered,
     load_progress,
     load_vae,
@@ -338,10 +339,7 @@ def main(args):
         rqvae = RQVAEModel.from_config(RQVAEModel.load_config(args.vae_config))
     else:
         rqvae = load_vae(args.pretrained_model_name_or_path, args.vae)
-    if args.resolution is None:
-        args.resolution = rqvae.config.sample_size
-    if args.resolution < 1 or args.resolution % rqvae.spatial_scale_factor:
-        raise ValueError(f"--resolution must be a multiple of {rqvae.spatial_scale_factor}, got {args.resolution}.")
+    check_resolution(args, rqvae)
     rqvae.register_to_config(sample_size=args.resolution)
     if args.gradient_checkpointing:
         rqvae.enable_gradient_checkpointing()

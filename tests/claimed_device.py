@@ -144,7 +144,7 @@ class ClaimedDevice(TorchDispatchMode):
 def claimed_device():
     """`cuda` may be named inside; yields the [`ClaimedDevice`]. Skips where this torch has no place for it."""
     if not hasattr(torch._C, "_ensureCUDADeviceGuardSet") or torch.cuda.is_available():
-        pytest.skip("a device that is not there needs torch 2.11 and no GPU")
+        pytest.skip("a device that is not there needs a torch with a place for it, as 2.11 has, and no GPU")
     patch = pytest.MonkeyPatch()
     patch.setattr(torch.cuda, "_lazy_init", lambda: None)
     patch.setattr(torch.cuda, "synchronize", lambda *args, **kwargs: None)

@@ -354,6 +354,14 @@ def input_ids_of(
     return torch.from_numpy(ids)
 
 
+def input_ids_sha256(
+    captions: list[str], tokenizer: "PreTrainedTokenizerBase", max_text_length: int, text_vocab_size: int
+) -> str:
+    """Digest of what a transformer sees of captions, each counted once: a tokenizer's files say that in many ways."""
+    ids = input_ids_of(list(dict.fromkeys(captions)), tokenizer, max_text_length, text_vocab_size)
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+
+
 # ---------------------------------------------------------------------------------------------------------- decoding
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 
 LIBRARIES = (
@@ -64,6 +66,35 @@ def write_json(path: Path, content: dict) -> None:
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     aside.replace(path)
+
+
+def save_batch(path: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+    """What was found of a batch of images, and how it was made. Written aside and renamed, as by [`write_json`]."""
+    aside = path.with_name(f".{path.name}.partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, {"record": json.dumps(record)})
+    aside.replace(path)
+
+
+def read_batch(
+    path: Path, names: Sequence[str] | None = None, may_lack_record: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What [`save_batch`] wrote.
+
+    Args:
+        names (`Sequence[str]`, *optional*): Of the tensors to read; by default all.
+        may_lack_record (`bool`, defaults to `False`): Whether an earlier version may have written it without a record,
+            which is an empty one then.
+
+    Raises:
+        `RuntimeError`: the file is damaged, or lacks one of these.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            written = file.metadata() or {}
+            record = {} if may_lack_record and "record" not in written else dict(json.loads(written["record"]))
+            return {name: file.get_tensor(name) for name in names or file.keys()}, record
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise RuntimeError(f"{path} is damaged ({error}): delete it, and run the same command again.") from error
 
 
 @functools.cache
@@ -119,16 +150,21 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
-def check_same_run(output_dir: Path, record: dict[str, Any], may_lack: Sequence[str] = ()) -> None:
+def check_same_run(
+    output_dir: Path, record: dict[str, Any], may_lack: Sequence[str] = (), made: Sequence[str] = ()
+) -> None:
     """Refuse to go on with the images of another run; write down what this one's depend on.
 
     Args:
         output_dir (`Path`): Its `run.json` is the record of the run that began it.
         record (`dict`): All that the images depend on, as JSON has it.
         may_lack (`Sequence[str]`): Names that a `run.json` of an earlier version may be without.
+        made (`Sequence[str]`): Patterns of the files that a run makes. Without a `run.json` they are strangers', and
+            would be scored as this run's.
 
     Raises:
-        `ValueError`: `run.json` is damaged, says otherwise, or lacks another name.
+        `ValueError`: `run.json` is damaged, says otherwise, or lacks another name; or there is none, and there are
+            files that a run makes.
     """
     path = output_dir / "run.json"
     record = json.loads(json.dumps(record))
@@ -156,5 +192,12 @@ def check_same_run(output_dir: Path, record: dict[str, Any], may_lack: Sequence[
                 f"--output_dir {output_dir} holds images of another run: its {name} is {before.get(name)}, and now it "
                 f"is {record.get(name)}. Give another folder, or delete this one."
             )
-    else:
-        write_json(path, record)
+        return
+    found = min((file for pattern in made for file in output_dir.glob(pattern)), default=None)
+    if found is not None:
+        raise ValueError(
+            f"--output_dir {output_dir} must have a run.json, which says of which run its images are, got {found} "
+            "without one. Give another folder, or delete this one."
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)

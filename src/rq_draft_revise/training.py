@@ -199,10 +199,15 @@ def sampler_settings(config: dict[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in ("guidance_scale", "temperature", "top_k", "top_p") if name in config}
 
 
-def check_resolution(args, vae: RQVAEModel, transformer) -> None:
-    """Set the default of `--resolution`; refuse, with a `ValueError`, one whose code map is not the transformer's."""
+def check_resolution(args, vae: RQVAEModel, transformer=None) -> None:
+    """Set the default of `--resolution`; refuse, with a `ValueError`, one that the RQ-VAE has no codes of, or whose
+    code map is not the transformer's."""
     if args.resolution is None:
         args.resolution = vae.config.sample_size
+    if transformer is None:
+        if args.resolution < 1 or args.resolution % vae.spatial_scale_factor:
+            raise ValueError(f"--resolution must be a multiple of {vae.spatial_scale_factor}, got {args.resolution}.")
+        return
     config, scale = transformer.config, vae.spatial_scale_factor
     covered = (config.height * scale, config.width * scale)
     if covered != (args.resolution, args.resolution):
