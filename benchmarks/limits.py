@@ -22,7 +22,7 @@ from typing import NamedTuple
 import flops
 import torch
 
-from rq_draft_revise.stages import seconds_now
+from rq_draft_revise.devices import seconds_now
 
 
 class Part(NamedTuple):

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline, RQVAEModel
 from rq_draft_revise.data import UNREADABLE, input_ids_sha256, is_empty, load_split, local_state
+from rq_draft_revise.devices import float64_device
 from rq_draft_revise.features import CLIPEmbeddings, get_protocol, reference_features, weights_sha256
 from rq_draft_revise.images import decode_codes, encode_pixels
 from rq_draft_revise.metrics import (
@@ -433,7 +434,7 @@ def measure(
     if isinstance(work, Reconstruction):
         originals = work.read(indices)
         measured["original_digest"] = torch.tensor([image_digest(image) for image in originals])
-        device = work.vae.device if work.vae.device.type == "cuda" else "cpu"  # float64, which not every device has
+        device = float64_device(work.vae.device)
         pairs = list(zip(images.split(batch_size), originals.split(batch_size)))
         compared = [tuple(part.to(device) for part in pair) for pair in pairs]
         measured["psnr"] = torch.cat([psnr(*pair).cpu() for pair in compared])
@@ -478,8 +479,7 @@ def score(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """The metrics of all images together, and what else they were computed from."""
     protocol = get_protocol(args.protocol)
-    # Precision and recall are 20 TFLOP for 50,000 images, in float64, which not every accelerator has.
-    device = device if device.type == "cuda" else torch.device("cpu")
+    device = float64_device(device)  # precision and recall are 20 TFLOP for 50,000 images
     scores, settings = {}, {"allow_few_samples": args.allow_few_samples}
     for metric in args.metrics:
         if metric == "fid":

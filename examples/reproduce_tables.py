@@ -33,6 +33,7 @@ from diffusers import DiffusionPipeline
 
 from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline
 from rq_draft_revise.data import input_ids_sha256, load_split
+from rq_draft_revise.devices import float64_device, seconds_now
 from rq_draft_revise.features import get_protocol, reference_features, weights_sha256
 from rq_draft_revise.images import encode_pixels
 from rq_draft_revise.metrics import ReferenceStatistics, frechet_distance, moments, precision_and_recall
@@ -49,7 +50,7 @@ from rq_draft_revise.provenance import (
     write_json,
 )
 from rq_draft_revise.publishing import pipeline_class_of
-from rq_draft_revise.stages import sample_stages, seconds_now
+from rq_draft_revise.stages import sample_stages
 
 
 PAPER = dict(num_inference_steps=64, num_revise_steps=2, num_revisions=2, guidance_scale=1.8, temperature=0.8,
@@ -285,7 +286,7 @@ class Real:
 
     mean: torch.Tensor  # (F,), of the reference
     covariance: torch.Tensor  # (F, F)
-    features: torch.Tensor  # (N, F), as many as there are images in a cell, on the device
+    features: torch.Tensor  # (N, F), as many as there are images in a cell, in float64
     labels: torch.Tensor  # (N,), the class that image i should show
 
 
@@ -496,7 +497,8 @@ def main(args):
     conditions = {"class_labels": labels}
     if config.text_vocab_size is not None:
         conditions = {"prompt": [split[args.caption_column][row] for row in rows]}
-    features = real_features(reference, network, args.num_images).to(args.device, torch.float64)
+    features = real_features(reference, network, args.num_images)
+    features = features.to(float64_device(torch.device(args.device)), torch.float64)
     real = Real(reference.mean, reference.covariance, features, torch.tensor(labels))
 
     # 2. The cells: real images, and every stage of every run

@@ -53,6 +53,7 @@ from rq_draft_revise.data import (
     to_pixel_values,
     training_order,
 )
+from rq_draft_revise.devices import sum_dtype
 from rq_draft_revise.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -289,14 +290,15 @@ def reconstruction_metrics(rqvae, images, batch_size, accelerator):
     images. Usage and perplexity are over the codes of all images together, one number a depth.
     """
     depth, codebook_size = rqvae.config.code_depth, rqvae.config.codebook_size
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    counts = torch.zeros(depth, codebook_size, dtype=torch.float64, device=accelerator.device)
+    dtype = sum_dtype(accelerator.device)
+    sums = torch.zeros(3, dtype=dtype, device=accelerator.device)
+    counts = torch.zeros(depth, codebook_size, dtype=dtype, device=accelerator.device)
     own = images[accelerator.process_index :: accelerator.num_processes]
     for batch in own.split(batch_size):
         pixel_values = to_pixel_values(batch.to(accelerator.device))
         with accelerator.autocast():
             out = rqvae(pixel_values)
-        mse = (out.sample.float().clamp(-1, 1) - pixel_values).square().mean((1, 2, 3)).double()
+        mse = (out.sample.float().clamp(-1, 1) - pixel_values).square().mean((1, 2, 3)).to(dtype)
         psnr = 10 * torch.log10(4 / mse.clamp(min=1e-10))  # the range has length 2, its square is 4
         sums += torch.stack([mse.sum(), psnr.sum(), torch.tensor(len(batch), device=mse.device)])
         for d in range(depth):
@@ -306,7 +308,7 @@ def reconstruction_metrics(rqvae, images, batch_size, accelerator):
     return {
         "mse": (sums[0] / sums[2]).item(),
         "psnr": (sums[1] / sums[2]).item(),
-        "usage": (counts > 0).double().mean(1).tolist(),
+        "usage": (counts > 0).to(dtype).mean(1).tolist(),
         "perplexity": torch.special.entr(frequencies).sum(1).exp().tolist(),
     }
 

@@ -1,12 +1,13 @@
-"""A GPU that is not there: tensors that hold their data on the CPU and say `cuda:0`, under a GPU's rules.
+"""An accelerator that is not there: tensors that hold their data on the CPU and say `claimed:0`, under a GPU's rules.
 
     with claimed_device() as seen:
-        pipe.to("cuda")
+        pipe.to("claimed")
         pipe("a cat")
     assert not seen.waits
 
-Inside, an operation on tensors of both devices is refused as a GPU would refuse it, and what the host would have to
-wait for is counted: values read back, blocking copies, shapes that depend on data. Speed and rounding are the CPU's.
+Inside, an operation on tensors of both devices is refused as a GPU would refuse it, float64 as Apple's would, and what
+the host would have to wait for is counted: values read back, blocking copies, shapes that depend on data. Speed and
+rounding are the CPU's. It is a backend in Python, torch's private one, so gradients and whole trainings run on it.
 """
 
 import collections
@@ -16,11 +17,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 
-DEVICE = torch.device("cuda", 0)
+HAS_PLACE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")  # torch 2.11 and later
+if HAS_PLACE:
+
+    class Backend(backend_registration._DummyPrivateUse1Hook):
+        def is_available(self):
+            return ClaimedDevice.current is not None  # to everything else in this process it is not there
+
+    class DeviceModule(backend_registration._DummyBackendModule):
+        def is_available(self):
+            return ClaimedDevice.current is not None
+
+        def get_amp_supported_dtype(self):
+            return [torch.bfloat16, torch.float16]
+
+        def synchronize(self, device=None):
+            pass
+
+    # once a process, and for good
+    backend_registration._setup_privateuseone_for_python_backend("claimed", DeviceModule(), Backend())
+    DEVICE = torch.device("claimed", 0)
 SOURCES = Path(__file__).resolve().parents[1]
 
 # Their results have a shape, or are a number, that the host has to read.
@@ -49,6 +70,16 @@ class ClaimedTensor(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return ClaimedDevice.current.run(function, args, kwargs or {})
 
+    def untyped_storage(self):
+        return self.held.untyped_storage()  # addresses say which tensors share their memory
+
+    def data_ptr(self):
+        return self.held.data_ptr()
+
+    def __reduce_ex__(self, protocol):
+        ClaimedDevice.current.wait("pickle")
+        return self.held.__reduce_ex__(protocol)
+
     def numpy(self, *args, **kwargs):
         raise TypeError("can't convert a tensor of a device to numpy: use Tensor.cpu()")
 
@@ -67,7 +98,6 @@ class ClaimedDevice(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.waits, self.kernels = collections.Counter(), collections.Counter()
-        ClaimedDevice.current = self
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return self.run(function, args, kwargs or {})
@@ -81,19 +111,19 @@ class ClaimedDevice(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         ours = [tensor for tensor in tensors if isinstance(tensor, ClaimedTensor)]
         target = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
-        on_device = target == "cuda" or (bool(ours) and target != "cpu")
+        on_device = target == DEVICE.type or (bool(ours) and target != "cpu")
         if on_device and kwargs.get("generator") is not None and kwargs["generator"].device.type == "cpu":
             raise RuntimeError(f"{function}: a generator of the CPU for a tensor of the device")
         if ours:
             self._check(name, function, args, kwargs, tensors)
-        moves = target is not None and (target == "cuda") != isinstance(args[0] if args else None, ClaimedTensor)
+        moves = target is not None and (target == DEVICE.type) != isinstance(args[0] if args else None, ClaimedTensor)
         if name == "_to_copy" and moves and not kwargs.get("non_blocking"):
             self.wait(f"copy to {target}")
         if on_device and not function.is_view and name not in ("detach", "alias", "lift_fresh", "empty", "empty_like"):
             self.kernels[name] += 1
 
         def held(value):
-            if isinstance(value, torch.device) and value.type == "cuda":
+            if isinstance(value, torch.device) and value.type == DEVICE.type:
                 return torch.device("cpu")
             return value.held if isinstance(value, ClaimedTensor) else value
 
@@ -113,6 +143,8 @@ class ClaimedDevice(TorchDispatchMode):
         def claimed(value):
             if not isinstance(value, torch.Tensor) or isinstance(value, ClaimedTensor):
                 return value
+            if on_device and value.dtype == torch.float64:
+                raise TypeError(f"{function}: float64, which not every device has")
             return written.get(id(value), ClaimedTensor(value) if on_device else value)
 
         return tree_map(claimed, result)
@@ -142,20 +174,22 @@ class ClaimedDevice(TorchDispatchMode):
 
 @contextlib.contextmanager
 def claimed_device():
-    """`cuda` may be named inside; yields the [`ClaimedDevice`]. Skips where this torch has no place for it."""
-    if not hasattr(torch._C, "_ensureCUDADeviceGuardSet") or torch.cuda.is_available():
-        pytest.skip("a device that is not there needs a torch with a place for it, as 2.11 has, and no GPU")
+    """`claimed` may be named inside, and accelerate takes it; yields the [`ClaimedDevice`]. Skips where this torch has
+    no place for it."""
+    if not HAS_PLACE:
+        pytest.skip("a device that is not there needs a torch with a place for it, as 2.11 has")
     patch = pytest.MonkeyPatch()
-    patch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    patch.setattr(torch.cuda, "synchronize", lambda *args, **kwargs: None)
-    torch._C._ensureCUDADeviceGuardSet()
+    patch.setenv("ACCELERATE_TORCH_DEVICE", str(DEVICE))
+    patch.delenv("ACCELERATE_USE_CPU", raising=False)
     swapped = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     torch._C._set_only_lift_cpu_tensors(True)
     try:
         with ClaimedDevice() as seen:
+            ClaimedDevice.current = seen
             yield seen
     finally:
+        ClaimedDevice.current = None
         torch._C._set_only_lift_cpu_tensors(False)
         torch.__future__.set_swap_module_params_on_conversion(swapped)
         patch.undo()

@@ -38,21 +38,21 @@ def codes_of(pipe, kind, condition, **kwargs):
 
 def test_the_claimed_device_has_a_devices_rules():
     with claimed_device() as seen:
-        ours, theirs = torch.ones(3, device="cuda"), torch.ones(3)
+        ours, theirs = torch.ones(3, device="claimed"), torch.ones(3)
         assert ours.device == DEVICE and isinstance(ours + 1, ClaimedTensor)
         for wrong in (
             lambda: ours + theirs,
-            lambda: theirs[torch.zeros(1, dtype=torch.int64, device="cuda")],
-            lambda: torch.rand(2, device="cuda", generator=torch.Generator()),
+            lambda: theirs[torch.zeros(1, dtype=torch.int64, device="claimed")],
+            lambda: torch.rand(2, device="claimed", generator=torch.Generator()),
             lambda: ours.numpy(),
         ):
             with pytest.raises((RuntimeError, TypeError)):
                 wrong()
         assert not seen.waits
-        for number, wait in enumerate((ours.sum().item, ours.cpu, ours.nonzero, lambda: theirs.to("cuda")), start=1):
+        for number, wait in enumerate((ours.sum().item, ours.cpu, ours.nonzero, lambda: theirs.to("claimed")), start=1):
             wait()
             assert seen.waits.total() == number
-        theirs.to("cuda", non_blocking=True)
+        theirs.to("claimed", non_blocking=True)
         assert seen.waits.total() == 4
 
 
@@ -63,7 +63,7 @@ def test_a_pipeline_draws_on_a_device_what_it_draws_on_the_cpu(kind, condition):
     expected = codes_of(pipe, kind, condition)
     selections = [{}] if kind == "autoregressive" else [{"selection": name} for name in ("top-c", "top-c-50%")]
     with claimed_device():
-        pipe.to("cuda")
+        pipe.to("claimed")
         codes = codes_of(pipe, kind, condition)
         assert codes.device == DEVICE and torch.equal(codes.held, expected)
         images = [
@@ -77,7 +77,7 @@ def count(kind, num_steps, **kwargs):
     """Waits and kernels of a call that is not guided, so that only the number of its steps differs."""
     pipe = pipeline_of(kind, "class")
     with claimed_device() as seen:
-        pipe.to("cuda")
+        pipe.to("claimed")
         seen.waits.clear()
         seen.kernels.clear()
         steps = dict(num_inference_steps=num_steps, num_revise_steps=num_steps, num_revisions=1)
@@ -94,13 +94,13 @@ def test_no_step_waits_for_the_device(kind, selection):
 def test_a_step_outside_of_the_transformer_is_two_kernels():
     pipe = pipeline_of("draft and revise", "class")
     with claimed_device() as seen, torch.no_grad():
-        pipe.to("cuda")
+        pipe.to("claimed")
         arguments = dict(
             codes=pipe.prepare_latents(2),
-            positions=torch.zeros(2, 1, dtype=torch.int64, device="cuda"),
-            uniforms=torch.zeros(2, 1, pipe.transformer.config.code_depth, device="cuda"),
+            positions=torch.zeros(2, 1, dtype=torch.int64, device="claimed"),
+            uniforms=torch.zeros(2, 1, pipe.transformer.config.code_depth, device="claimed"),
             prefix_key_values=pipe.encode_condition(class_labels=[2, 0]),
-            temperature=torch.ones((), device="cuda"),
+            temperature=torch.ones((), device="claimed"),
         )
         seen.kernels.clear()
         pipe.transformer(**arguments)
@@ -114,9 +114,9 @@ def test_numbers_of_the_codebook_stay_on_the_device_and_go_on_after_a_resume():
     alone = dict(device=DEVICE, process_index=0, num_processes=1, gather=lambda tensor: tensor)
     accelerator = types.SimpleNamespace(**alone, reduce=lambda tensor, how: tensor)
     with claimed_device():
-        vae = tiny_vae().to("cuda")
+        vae = tiny_vae().to("claimed")
         for _ in range(2):  # with restarts and without
-            output = vae.update_codebook(torch.randn(4, 16, 4, 4, device="cuda"), torch.Generator().manual_seed(0))
+            output = vae.update_codebook(torch.randn(4, 16, 4, 4, device="claimed"), torch.Generator().manual_seed(0))
             assert all(isinstance(value, ClaimedTensor) for value in output.values())
         window = LogWindow(accelerator)
         window.add(dict(output))

@@ -284,7 +284,7 @@ def test_what_is_recorded_does_not_wait_for_the_device(tiny, guided):
     pipe = tiny("class")
     pipe.set_progress_bar_config(disable=True)
     with claimed_device() as seen:
-        pipe.to("cuda")
+        pipe.to("claimed")
         forward, waits = pipe.transformer.forward, []
 
         def call(*args, **kwargs):

@@ -19,6 +19,7 @@ import train_imagenet
 import train_rqvae
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from claimed_device import claimed_device
 from components import (
     NUM_CLASSES,
     ROOT,
@@ -150,6 +151,14 @@ def assert_equal_gradients(actual: dict, expected: dict, tolerance: float = 1e-5
     assert scale > 1e-3, "a gradient that vanishes proves nothing"
     for index, gradient in expected.items():
         torch.testing.assert_close(actual[index], gradient, rtol=0, atol=tolerance * scale)
+
+
+def assert_equal_logs(actual: list[dict], expected: list[dict]) -> None:
+    """Up to the rounding of float32."""
+    assert [entry.keys() for entry in actual] == [entry.keys() for entry in expected]
+    for entry, other in zip(actual, expected):
+        for name in [name for name in entry if "loss" in name or name == "grad_norm"]:
+            assert entry[name] == pytest.approx(other[name], rel=1e-4), (name, entry["kind"], entry["step"])
 
 
 # ---------------------------------------------------------------------------------- the length of a run, and its log
@@ -334,6 +343,27 @@ def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one_to_the_bit(name, pr
     live, earlier = (load_file(whole / f"checkpoint-{step}" / "model.safetensors") for step in (6, 3))
     key = next(key for key in weights if key.endswith("to_q.weight"))
     assert not torch.equal(live[key], earlier[key]) and not torch.equal(live[key], weights[key])
+
+
+ON_A_DEVICE = {
+    "text": ("train_cc3m", {"cache_codes": True}),
+    "classes, decoding": ("train_imagenet", {"gradient_accumulation_steps": 2, "random_flip": True}),
+    "autoregressive": ("train_imagenet", {"model": "autoregressive", "cache_codes": True}),
+}
+
+
+@pytest.mark.parametrize("name", ON_A_DEVICE)
+def test_a_run_on_a_device_is_that_on_the_cpu_resumed_there_too(name, problem, tmp_path):
+    script, flags = ON_A_DEVICE[name]
+    flags |= dict(train_batch_size=4, max_train_steps=4, checkpointing_steps=2, validation_steps=4, ema_decay=0.9,
+                  learning_rate=1e-3, num_validation_images=2)  # fmt: skip
+    expected = train(script, problem, tmp_path / "cpu", **flags)
+    with claimed_device():
+        whole = train(script, problem, tmp_path / "device", **flags)
+        shutil.copytree(tmp_path / "device" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+        resumed = train(script, problem, tmp_path / "resumed", resume_from_checkpoint="latest", **flags)
+    assert_equal_logs(whole, expected)
+    assert_equal_logs(resumed, expected[2:])
 
 
 @pytest.mark.parametrize("script", TRAINERS)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .devices import sum_dtype
 from .provenance import git_revision, library_versions
 
 
@@ -531,7 +532,7 @@ class TrainingLog:
 class LogWindow:
     """What training measured since the last line of the log: sums, to be saved with a checkpoint between two lines.
 
-    Sums are in float64, so that the mean of one step is that step's number to the bit.
+    Sums are in the device's [`sum_dtype`].
 
     Args:
         accelerator: The run's.
@@ -543,8 +544,7 @@ class LogWindow:
 
     def __init__(self, accelerator: "Accelerator", state: dict[str, Any] | None = None):
         self._accelerator = accelerator
-        # Apple's GPUs have no float64
-        self._dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        self._dtype = sum_dtype(accelerator.device)
         self.clear()
         if state is None:
             return

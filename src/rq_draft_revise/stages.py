@@ -1,22 +1,14 @@
 """One run of Draft-and-Revise looked at in stages: the draft, and the image after each revision."""
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .devices import seconds_now
+
 
 if TYPE_CHECKING:
     from .pipeline_draft_and_revise import DraftAndRevisePipeline
-
-
-def seconds_now(device: torch.device) -> float:
-    """A clock for differences: of the process on the CPU, where other programs may run beside it, else of the wall,
-    once the device has done its work."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def sample_stages(

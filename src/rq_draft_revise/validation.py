@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from .code_cache import codes_at
+from .devices import sum_dtype
 from .masks import random_mask
 
 
@@ -58,7 +59,7 @@ def validation_loss(
     num_masked = masks.sum(1)
     bin_of_image = (num_masked * bins - 1) // (height * width)  # ceil(ratio * bins) - 1
     chunks = [(bin_of_image == b).nonzero()[:, 0] for b in range(bins)]
-    sums = torch.zeros(bins, 4, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(bins, 4, dtype=sum_dtype(accelerator.device), device=accelerator.device)
     for b, rows in enumerate(chunks):
         for batch in rows.split(batch_size * accelerator.num_processes):
             own = batch[accelerator.process_index :: accelerator.num_processes]
@@ -95,7 +96,7 @@ def autoregressive_loss(
 ) -> dict[str, float]:
     """As [`validation_loss`] of the baseline, whose image loss is over all codes and has no masks."""
     rows = torch.arange(len(validation_set.codes))
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(3, dtype=sum_dtype(accelerator.device), device=accelerator.device)
     for batch in rows.split(batch_size * accelerator.num_processes):
         own = batch[accelerator.process_index :: accelerator.num_processes]
         weight = len(own)
