@@ -15,6 +15,7 @@ import pytest
 import torch
 import train_classifier
 from accelerate.state import AcceleratorState, GradientState
+from claimed_device import claimed_device
 from components import NUM_CLASSES, tiny_pipeline, tiny_rq_pipeline
 from emoji_evaluation import SceneClassifier
 from PIL import Image
@@ -239,6 +240,21 @@ def test_any_pipeline_of_the_package_is_evaluated(pipeline, problem, tmp_path):
             evaluate(problem, tmp_path / "no", pipeline=problem / "rq", num_revisions=1)
     else:
         assert drawn["condition"] is None and drawn["sampler"]["num_revisions"] == 0
+
+
+@pytest.mark.parametrize("reconstruct", [False, True], ids=["sampling", "reconstruction"])
+def test_on_a_device_it_makes_the_images_and_scores_of_the_cpu(reconstruct, problem, tmp_path):
+    flags = {}
+    if reconstruct:
+        flags = dict(reconstruct=True, data_files=problem / "train.parquet", split="train", num_images=None,
+                     reference=None, metrics=["rfid", "psnr"])  # fmt: skip
+    expected = evaluate(problem, tmp_path / "cpu", save_images=True, **flags)
+    with claimed_device() as seen:
+        results = evaluate(problem, tmp_path / "device", save_images=True, **flags)
+    assert seen.kernels, "nothing ran there"
+    assert results["metrics"] == pytest.approx(expected["metrics"], rel=1e-3)
+    images = [saved_images(tmp_path / name).int() for name in ("cpu", "device")]
+    assert (images[0] - images[1]).abs().max() <= 1
 
 
 # ------------------------------------------------------------------------------------------------------------- scores

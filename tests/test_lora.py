@@ -11,6 +11,7 @@ import pytest
 import torch
 import train_lora
 from accelerate.state import AcceleratorState, GradientState
+from claimed_device import claimed_device
 from components import MAX_TEXT_LENGTH, NUM_CLASSES, random_codes, tiny_pipeline, tiny_rq_pipeline
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model_state_dict
@@ -112,6 +113,17 @@ def loss_on_images(problem, pipe):
     codes, ids = codes.repeat(10, 1, 1, 1), ids.repeat(10, 1)
     masked = codes.masked_fill(mask, pipe.transformer.mask_token_id)
     return pipe.transformer(masked, labels=codes, input_ids=ids).image_loss.item()
+
+
+def test_an_adapter_trained_on_a_device_is_that_of_the_cpu(problem, tmp_path):
+    flags = dict(max_train_steps=3, gradient_accumulation_steps=2, validation_prompt="a cat", num_validation_images=1)
+    expected = load_file(train(problem, tmp_path / "cpu", **flags) / WEIGHTS)
+    with claimed_device() as seen:
+        adapter = load_file(train(problem, tmp_path / "device", **flags) / WEIGHTS)
+    assert seen.kernels, "nothing ran there"
+    assert adapter.keys() == expected.keys()
+    for name, tensor in adapter.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
 
 
 def test_the_loss_falls_on_the_images_and_is_logged(problem, adapter):

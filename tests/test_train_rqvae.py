@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import train_rqvae
+from claimed_device import claimed_device
 from components import forget_accelerator, run_in_two_processes, tiny_vae
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -183,6 +184,25 @@ def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one_to_the_bit(name, pr
         assert first.keys() == second.keys() and len(first) > 5
         for key, tensor in first.items():
             assert torch.equal(second[key], tensor), f"{file}: {key}"
+
+
+@pytest.mark.parametrize("losses", [PIXELS, GAN, "perceptual"], ids=["pixels", "discriminator", "perceptual"])
+def test_a_run_on_a_device_is_that_on_the_cpu_resumed_there_too(losses, problem, tmp_path, request):
+    if losses == "perceptual":
+        losses = GAN | dict(perceptual_weight=1.0, lpips_weights=request.getfixturevalue("vgg16"), resolution=32)
+    flags = dict(train_batch_size=4, max_train_steps=3, checkpointing_steps=2, validation_steps=3, ema_decay=0.9,
+                 learning_rate=1e-3, random_flip=True, **losses)  # fmt: skip
+    expected = train(problem, tmp_path / "cpu", **flags)
+    with claimed_device() as seen:
+        whole = train(problem, tmp_path / "device", **flags)
+        shutil.copytree(tmp_path / "device" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+        resumed = train(problem, tmp_path / "resumed", resume_from_checkpoint="latest", **flags)
+    assert seen.kernels, "nothing ran there"
+    assert resumed == whole[2:]
+    # rounding grows: a code flips sooner or later
+    for entry, other in zip(whole, expected, strict=True):
+        for name in [name for name in entry if name in ("mse", "psnr", "grad_norm", "restarts") or "loss" in name]:
+            assert entry[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), (name, entry["step"])
 
 
 def test_a_line_of_the_log_is_that_of_the_uninterrupted_run_where_the_checkpoint_is_between_two(problem, tmp_path):

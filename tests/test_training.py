@@ -358,10 +358,11 @@ def test_a_run_on_a_device_is_that_on_the_cpu_resumed_there_too(name, problem, t
     flags |= dict(train_batch_size=4, max_train_steps=4, checkpointing_steps=2, validation_steps=4, ema_decay=0.9,
                   learning_rate=1e-3, num_validation_images=2)  # fmt: skip
     expected = train(script, problem, tmp_path / "cpu", **flags)
-    with claimed_device():
+    with claimed_device() as seen:
         whole = train(script, problem, tmp_path / "device", **flags)
         shutil.copytree(tmp_path / "device" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
         resumed = train(script, problem, tmp_path / "resumed", resume_from_checkpoint="latest", **flags)
+    assert seen.kernels, "nothing ran there"
     assert_equal_logs(whole, expected)
     assert_equal_logs(resumed, expected[2:])
 
