@@ -38,9 +38,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rq_draft_revise import ContextualRQTransformerModel, RQVAEModel
 from rq_draft_revise.data import decode_image, to_pixel_values
+from rq_draft_revise.devices import seconds_now
 from rq_draft_revise.discriminator import PatchDiscriminator
 from rq_draft_revise.masks import random_mask
-from rq_draft_revise.devices import seconds_now
 from rq_draft_revise.training import MODELS
 
 

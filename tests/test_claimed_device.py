@@ -49,7 +49,8 @@ def test_the_claimed_device_has_a_devices_rules():
             with pytest.raises((RuntimeError, TypeError)):
                 wrong()
         assert not seen.waits
-        for number, wait in enumerate((ours.sum().item, ours.cpu, ours.nonzero, lambda: theirs.to("claimed")), start=1):
+        waits = (ours.sum().item, ours.cpu, ours.nonzero, lambda: theirs.to("claimed"))
+        for number, wait in enumerate(waits, start=1):
             wait()
             assert seen.waits.total() == number
         theirs.to("claimed", non_blocking=True)

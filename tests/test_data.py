@@ -5,6 +5,7 @@ import json
 import math
 import re
 import tarfile
+import time
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rq_draft_revise.batches import drawn_images, streamed_images
+from rq_draft_revise.batches import drawn_images, one_ahead, streamed_images
 from rq_draft_revise.data import (
     SkippedRows,
     class_labels_of,
@@ -39,6 +40,7 @@ from rq_draft_revise.data import (
     undecoded,
     without_empty,
 )
+from rq_draft_revise.features import get_protocol
 
 
 NUM_IMAGES = 22
@@ -148,6 +150,35 @@ def test_an_image_of_any_mode_and_shape_becomes_a_square_of_colours(mode, size):
     decoded = decode_image(Image.new("RGB", size, (102, 102, 102)).convert(mode), 8)
     assert decoded.shape == (3, 8, 8) and decoded.dtype == torch.uint8
     assert (decoded == 102).all()  # a grey that the web palette has
+
+
+def test_images_of_other_sizes_are_those_of_the_evaluation():
+    """Samples are compared with a reference that was resized alike, and a converted RQ-VAE was trained so."""
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 37, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    assert torch.equal(decode_image(image, 16), get_protocol("rq-vae").prepare(image, 16))
+
+
+def test_the_next_item_is_made_while_one_is_used_and_an_error_comes_in_its_turn():
+    made = []
+
+    def items():
+        for number in range(3):
+            made.append(number)
+            yield number
+        raise OSError("gone")
+
+    stream = one_ahead(items())
+    assert next(stream) == 0
+    for _ in range(100):
+        if made == [0, 1]:
+            break
+        time.sleep(0.01)
+    assert made == [0, 1]
+    assert [next(stream), next(stream)] == [1, 2]
+    with pytest.raises(OSError, match="gone"):
+        next(stream)
+    stream.close()
 
 
 def test_what_is_cropped_is_the_center():

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from components import CODEBOOK_SIZE, CONDITIONS, random_codes, random_pixels, tiny_pipeline
+from components import CODEBOOK_SIZE, CONDITIONS, random_codes, random_pixels, tiny_pipeline, tiny_rq_pipeline
 from PIL import Image
 
-from rq_draft_revise import DraftAndRevisePipeline, DraftAndReviseScheduler
+from rq_draft_revise import DraftAndReviseInpaintPipeline, DraftAndRevisePipeline, DraftAndReviseScheduler
 
 
 SELECTIONS = ("random", "top-c", "top-c-50%")
@@ -830,3 +830,26 @@ def test_numbers_of_numpy_are_numbers(pipes):
         generator=generator(),
     )
     assert torch.equal(plain, numpy)
+
+
+@pytest.mark.parametrize("kind", ["draft and revise", "inpaint", "autoregressive"])
+def test_predictions_that_are_no_numbers_are_not_shown(kind):
+    pipe = tiny_rq_pipeline("class") if kind == "autoregressive" else quiet_pipeline("class")
+    arguments = dict(class_labels=1)
+    if kind == "inpaint":
+        pipe = DraftAndReviseInpaintPipeline(**pipe.components)
+        arguments |= dict(image=random_pixels() / 2 + 0.5, mask_image=torch.ones(1, 1, 8, 8))
+    pipe.transformer.blocks[0].ff.net[2].bias.data[3] = torch.inf
+    with pytest.raises(RuntimeError, match="not finite, in torch.float32"):
+        pipe(**arguments)
+
+
+def test_what_is_drawn_does_not_depend_on_torchs_default_dtype(text_pipe):
+    arguments = dict(prompt=PROMPTS, generator=generators(0, 1, 2))
+    expected = codes_of(text_pipe, **arguments)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        codes = codes_of(text_pipe, **arguments | dict(generator=generators(0, 1, 2)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(codes, expected)

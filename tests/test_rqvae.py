@@ -256,6 +256,18 @@ def test_the_codebook_follows_moving_averages(config):
         assert not vae.quantizer.codebook[:, -1].any(), "the mask must go on embedding as nothing"
 
 
+def test_a_code_that_nothing_uses_stays_where_it_was_however_long():
+    vae = tiny_vae(codebook_size=3, code_depth=1, latent_channels=2, norm_num_groups=2, ema_decay=0.5,
+                   restart_threshold=0.0)  # fmt: skip
+    quantizer = vae.quantizer
+    vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [7.0, -5.0]])
+    quantizer.codebook[0, :-1], quantizer.ema_sums[0] = vectors, vectors
+    quantizer.ema_counts.fill_(1)
+    for _ in range(200):  # 2^-149 is the smallest float32
+        vae.update_codebook(vectors[:2].T.reshape(1, 2, 2, 1))
+    torch.testing.assert_close(quantizer.codebook[0, :-1], vectors)
+
+
 @variants
 def test_restarted_codes_lie_on_vectors_of_the_batch_and_have_an_even_share(config):
     """No code has a history at first, so the first update restarts as many as there are vectors to move onto."""
@@ -286,6 +298,21 @@ def test_restarted_codes_lie_on_vectors_of_the_batch_and_have_an_even_share(conf
         assert torch.equal(codebook[untouched], before[book, :-1][untouched])
     assert int(output.num_restarted) == restarted
     assert not vae.quantizer.codebook[:, -1].any()
+
+
+def test_one_image_after_the_other_is_the_batch():
+    vae, pixels = tiny_vae(), random_pixels(3)
+    with torch.no_grad():
+        codes, whole = vae.encode(pixels).codes, vae(pixels).sample
+        vae.enable_slicing()
+        assert torch.equal(vae.encode(pixels).codes, codes)
+        torch.testing.assert_close(vae.decode(codes).sample, whole)
+        sizes = []
+        vae.decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        vae.decode(codes)
+        vae.disable_slicing()
+        vae.decode(codes)
+    assert sizes == [1, 1, 1, 3]
 
 
 def test_micro_batches_update_the_codebook_exactly_as_the_large_batch():
@@ -470,6 +497,7 @@ def test_what_is_no_image_is_refused(pixels, message):
         ),
         ({"codebook_size": 0}, "`codebook_size` must be at least 1, got 0"),
         ({"code_depth": 0}, "`code_depth` must be at least 1, got 0"),
+        ({"restart_threshold": -0.1}, "`restart_threshold` must not be negative, got -0.1"),
         ({"ema_decay": 1.0}, r"`ema_decay` must lie in \[0, 1\), got 1.0"),
     ],
 )

@@ -112,6 +112,26 @@ def next_latents(callback_outputs: dict, latents: torch.Tensor, config) -> torch
     return given
 
 
+def check_predictions(output, dtype: torch.dtype) -> None:
+    """Refuse to show what was sampled from predictions that are no numbers: it is code 0, again and again.
+
+    What overflows in one step does so in those after it, which see it; so only the last is looked at. This waits for
+    the device.
+
+    Args:
+        output: The transformer's last, with `log_probs`; None if no step was taken.
+        dtype (`torch.dtype`): The transformer's.
+
+    Raises:
+        `RuntimeError`: a probability is NaN or infinite.
+    """
+    if output is not None and not output.log_probs.isfinite().all():
+        raise RuntimeError(
+            f"The transformer predicts numbers that are not finite, in {dtype}. float16 ends at 65504: load it in "
+            "bfloat16 or float32. Or its weights are damaged."
+        )
+
+
 def check_phases(conditional: bool, **given) -> None:
     """Refuse, with a `ValueError`, numbers that neither a draft nor a revision can be sampled with.
 

@@ -1,6 +1,7 @@
 """The batches of training, for ever: images for the first stage, codes and conditions for the second."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -59,10 +60,20 @@ def stored_batches(
         start (`int`): Images that all processes together have read so far.
     """
     processes = accelerator.process_index, accelerator.num_processes
-    for rows, draws in training_draws(num_images, start, batch_size, *processes, seed):
-        codes = read_codes(rows, draws[:, 0]).to(accelerator.device)
+    draws = training_draws(num_images, start, batch_size, *processes, seed)
+    for rows, codes in one_ahead((rows, read_codes(rows, us[:, 0])) for rows, us in draws):
         condition = None if conditions is None else conditions[rows].to(accelerator.device).long()
-        yield Batch(codes, condition)
+        yield Batch(codes.to(accelerator.device), condition)
+
+
+def one_ahead(endless: Iterator[Any]) -> Iterator[Any]:
+    """The same items. A thread makes the next one, say by reading from the disk, while one is used."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(next, endless)
+        while True:
+            item = coming.result()
+            coming = thread.submit(next, endless)
+            yield item
 
 
 def image_batches(

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+# Images whose codes are drawn at once: of 16, the probabilities of 4 x 16,384 codes a position are 0.25 GiB.
+SOFT_BATCH_SIZE = 16
+
 # A function from rows and numbers in [0, 1), both `(B,)`, to the codes `(B, h, w, D)` of one view of each.
 ReadCodes = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -42,7 +45,8 @@ def encode(vae: RQVAEModel, pixel_values: torch.Tensor, tau: float = 0.0, seed: 
         if tau == 0:
             return vae.encode(pixel_values).codes
         generator = torch.Generator(pixel_values.device).manual_seed(seed)
-        return vae.soft_codes(pixel_values, tau=tau, stochastic=True, generator=generator).codes
+        parts = pixel_values.split(SOFT_BATCH_SIZE)
+        return torch.cat([vae.soft_codes(part, tau, stochastic=True, generator=generator).codes for part in parts])
 
 
 def encoded_rows(

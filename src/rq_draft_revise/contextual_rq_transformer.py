@@ -270,14 +270,17 @@ class ContextualRQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, Conf
                     f"`uniforms` must have shape {(*shape, self.config.code_depth)}, as `positions` or the mask ask "
                     f"for, got {tuple(uniforms.shape)}."
                 )
-        prefix_states = None
+        prefix_states, past = None, [(None, None)] * len(self.blocks)
+        if prefix_key_values is not None:
+            past = [layer.unbind() for layer in prefix_key_values.unbind()]
         if class_labels is not None or input_ids is not None:
             condition = class_labels.unsqueeze(1) if class_labels is not None else input_ids  # (B, P)
-            prefix_states, prefix_key_values = self._encode_prefix(condition)
+            prefix_states, past = self._encode_prefix(condition)
         if codes is None:
+            prefix_key_values = torch.stack([torch.stack(layer) for layer in past])
             return PrefixOutput(prefix_key_values) if return_dict else (prefix_key_values,)
 
-        context = self._encode_codes(codes, prefix_key_values, guided=guidance_scale is not None)  # (B, N, d)
+        context = self._encode_codes(codes, past, guided=guidance_scale is not None)  # (B, N, d)
         if uniforms is not None:
             if guidance_scale is not None:
                 index = torch.cat([index, index + codes.shape[0] * self.num_positions])
@@ -305,21 +308,25 @@ class ContextualRQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, Conf
             return logits, loss, image_loss, text_loss, text_logits
         return ContextualRQTransformerOutput(logits, loss, image_loss, text_loss, text_logits)
 
-    def _encode_prefix(self, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels or tokens `(B, P)` -> hidden states `(B, P, d)`, keys and values `(layers, 2, B, P, H, d/H)`."""
+    def _encode_prefix(self, condition: torch.Tensor) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Labels or tokens `(B, P)` -> hidden states `(B, P, d)`, and of each layer keys and values `(B, P, H, d/H)`.
+
+        They stay apart where gradients are wanted: those of one layer in a tensor of all would be as large as that.
+        """
         hidden_states = self.condition_embedding(condition) + self.prefix_position_embedding  # (B, P, d)
-        keys, values = [], []
+        key_values = []
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states, key, value = self._gradient_checkpointing_func(block, hidden_states, None, None, True)
             else:
                 hidden_states, key, value = block(hidden_states, is_causal=True)
-            keys.append(key)
-            values.append(value)
-        return hidden_states, torch.stack([torch.stack(keys), torch.stack(values)], dim=1)
+            key_values.append((key, value))
+        return hidden_states, key_values
 
-    def _encode_codes(self, codes: torch.Tensor, prefix: torch.Tensor | None, guided: bool) -> torch.Tensor:
-        """Code map `(B, h, w, D)` -> context `(B, N, d)`, or `(2B, N, d)` when guided."""
+    def _encode_codes(
+        self, codes: torch.Tensor, past: list[tuple[torch.Tensor | None, torch.Tensor | None]], guided: bool
+    ) -> torch.Tensor:
+        """Code map `(B, h, w, D)` after keys and values of each layer -> context `(B, N, d)`; guided `(2B, N, d)`."""
         codes = codes.flatten(1, 2)  # (B, N, D)
         masked = codes[..., :1] == self.mask_token_id  # (B, N, 1)
         known = project_vectors(self.input_projection, self.depth_transformer.codebook(codes))  # (B, N, d)
@@ -328,12 +335,11 @@ class ContextualRQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, Conf
         )
         if guided:
             hidden_states = torch.cat([hidden_states, hidden_states])  # (2B, N, d)
-        for i, block in enumerate(self.blocks):
-            past = (None, None) if prefix is None else (prefix[i, 0], prefix[i, 1])
+        for block, key_value in zip(self.blocks, past, strict=True):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states, _, _ = self._gradient_checkpointing_func(block, hidden_states, *past)
+                hidden_states, _, _ = self._gradient_checkpointing_func(block, hidden_states, *key_value)
             else:
-                hidden_states, _, _ = block(hidden_states, *past)
+                hidden_states, _, _ = block(hidden_states, *key_value)
         return hidden_states
 
     def _positions_to_index(

@@ -206,7 +206,8 @@ def add_training_flags(parser: argparse.ArgumentParser, output_dir: str) -> None
         "--ema_decay",
         type=float,
         default=0.9999,
-        help="Of the exported weights; 0 turns averaging off. Not published.",
+        help="Of the exported weights, at most: a warm-up takes min(decay, 1 - (1 + step)^(-2/3)), 0.9997 after "
+        "187,000 steps. 0 turns averaging off. Not published.",
     )
     group.add_argument(
         "--max_nonfinite_steps",

@@ -27,5 +27,5 @@ def random_mask(
     else:
         r = torch.rand(batch_size, generator=generator, dtype=torch.float64)
     num_masked = (num_positions * torch.cos(r * math.pi / 2)).ceil().clamp(1, num_positions)
-    order = torch.rand(batch_size, num_positions, generator=generator).argsort(dim=1)
+    order = torch.rand(batch_size, num_positions, generator=generator, dtype=torch.float32).argsort(dim=1)
     return order < num_masked[:, None]  # a row of `order` is a uniform permutation: n of its entries are below n

@@ -12,7 +12,15 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import check_kind, check_phases, check_run, count_matched, next_latents, tensor_inputs_of
+from .arguments import (
+    check_kind,
+    check_phases,
+    check_predictions,
+    check_run,
+    count_matched,
+    next_latents,
+    tensor_inputs_of,
+)
 from .conditions import (
     check_condition,
     condition_ids,
@@ -411,6 +419,7 @@ class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPi
                 scalars[value] = torch.tensor(float(value), device=latents.device)
             return scalars[value]
 
+        output = None
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, timestep in enumerate(timesteps):
                 if self.interrupt:
@@ -441,6 +450,7 @@ class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPi
                     callback_outputs = callback_on_step_end(self, i, timestep, callback_kwargs) or {}
                     latents = next_latents(callback_outputs, latents, self.transformer.config)
                 progress_bar.update()
+        check_predictions(output, self.transformer.dtype)
 
         # 4. Decode
         images = self.decode_latents(latents, output_type=output_type)

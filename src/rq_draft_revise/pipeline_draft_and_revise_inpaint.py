@@ -11,7 +11,15 @@ from diffusers.utils import logging
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import check_kind, check_phases, check_run, count_matched, next_latents, tensor_inputs_of
+from .arguments import (
+    check_kind,
+    check_phases,
+    check_predictions,
+    check_run,
+    count_matched,
+    next_latents,
+    tensor_inputs_of,
+)
 from .conditions import (
     check_condition,
     condition_ids,
@@ -476,6 +484,7 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
                 scalars[value] = torch.tensor(float(value), device=latents.device)
             return scalars[value]
 
+        output = None
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, timestep in enumerate(timesteps):
                 if self.interrupt:
@@ -506,6 +515,7 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
                     callback_outputs = callback_on_step_end(self, i, timestep, callback_kwargs) or {}
                     latents = next_latents(callback_outputs, latents, self.transformer.config)
                 progress_bar.update()
+        check_predictions(output, self.transformer.dtype)
 
         # 5. Decode, and put the known pixels back
         if output_type == "latent":

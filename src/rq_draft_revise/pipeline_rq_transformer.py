@@ -9,7 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import check_kind, check_run, next_latents, tensor_inputs_of, warn_of_no_condition
+from .arguments import check_kind, check_predictions, check_run, next_latents, tensor_inputs_of, warn_of_no_condition
 from .conditions import (
     check_condition,
     condition_ids,
@@ -225,7 +225,7 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
         for row in range(batch_size):
             source = generator[row] if isinstance(generator, (list, tuple)) else generator
             device = source.device if source is not None else "cpu"
-            images.append(torch.rand(*shape, generator=source, device=device))
+            images.append(torch.rand(*shape, generator=source, device=device, dtype=torch.float32))
         return stack_on_host(images).to(self._execution_device)
 
     def decode_latents(
@@ -333,6 +333,7 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
                 scalars[value] = torch.tensor(float(value), device=latents.device)
             return scalars[value]
 
+        output = None
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for n in range(self._num_timesteps):
                 if self.interrupt:
@@ -364,6 +365,7 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
                     callback_outputs = callback_on_step_end(self, n, n, callback_kwargs) or {}
                     latents = next_latents(callback_outputs, latents, self.transformer.config)
                 progress_bar.update()
+        check_predictions(output, self.transformer.dtype)
 
         # 4. Decode
         images = self.decode_latents(latents, output_type=output_type)

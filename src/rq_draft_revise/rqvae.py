@@ -1,6 +1,7 @@
 """RQ-VAE: images to stacks of codes and back (Lee et al., "Autoregressive Image Generation using Residual
 Quantization", CVPR 2022; the first stage of Draft-and-Revise)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
@@ -9,13 +10,18 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
+from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .codes import check_codes, embed_codes
 from .publishing import ModelCardMixin
+
+
+# A code whose average count has decayed below this keeps its vector. float32 ends at 1e-38, and there the quotient of
+# the averages would lead to zero.
+FORGOTTEN = 1e-30
 
 
 @dataclass
@@ -216,8 +222,8 @@ class ResidualQuantizer(nn.Module):
 
         self.ema_counts.lerp_(counts.to(self.ema_counts.dtype), 1 - self.ema_decay)
         self.ema_sums.lerp_(sums, 1 - self.ema_decay)
-        seen = self.ema_counts > 0
-        means = self.ema_sums / self.ema_counts.clamp(min=torch.finfo(self.ema_counts.dtype).tiny).unsqueeze(-1)
+        seen = self.ema_counts > FORGOTTEN
+        means = self.ema_sums / self.ema_counts.clamp(min=FORGOTTEN).unsqueeze(-1)
         self.codebook[:, :-1][seen] = means[seen]
 
         if shared:
@@ -305,7 +311,7 @@ def _rows_in_global_batch(sizes: list[int], device: torch.device) -> tuple[torch
     return rows.to(device), int(table.sum())
 
 
-class RQVAEModel(ModelCardMixin, ModelMixin, ConfigMixin):
+class RQVAEModel(ModelCardMixin, AutoencoderMixin, ModelMixin, ConfigMixin):
     r"""Residual-quantized variational autoencoder: an image becomes `h * w` stacks of `code_depth` codes.
 
     The network is VQGAN's, expressed by diffusers' own `Encoder` and `Decoder`; with `code_depth=1` this *is* VQGAN.
@@ -377,6 +383,8 @@ class RQVAEModel(ModelCardMixin, ModelMixin, ConfigMixin):
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {ema_decay}.")
+        if not 0 <= restart_threshold < float("inf"):
+            raise ValueError(f"`restart_threshold` must not be negative, got {restart_threshold}.")
 
         self.encoder = Encoder(
             in_channels=in_channels * patch_size**2,
@@ -402,6 +410,7 @@ class RQVAEModel(ModelCardMixin, ModelMixin, ConfigMixin):
             norm_num_groups=norm_num_groups,
             mid_block_add_attention=mid_block_add_attention,
         )
+        self.use_slicing = False  # see `enable_slicing`: images are encoded and decoded one by one
 
     @property
     def spatial_scale_factor(self) -> int:
@@ -435,11 +444,18 @@ class RQVAEModel(ModelCardMixin, ModelMixin, ConfigMixin):
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         self._check_pixels(pixel_values)
         hidden_states = F.pixel_unshuffle(pixel_values, self.config.patch_size)  # (B, 3p², H/p, W/p)
-        return self.quant_conv(self.encoder(hidden_states))  # (B, C, h, w)
+        return self._sliced(lambda images: self.quant_conv(self.encoder(images)), hidden_states)  # (B, C, h, w)
 
     def _decode(self, quantized: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.decoder(self.post_quant_conv(quantized.to(self.dtype)))  # (B, 3p², H/p, W/p)
-        return F.pixel_shuffle(hidden_states, self.config.patch_size)  # (B, 3, H, W)
+        quantized = quantized.to(self.dtype)
+        hidden_states = self._sliced(lambda latents: self.decoder(self.post_quant_conv(latents)), quantized)
+        return F.pixel_shuffle(hidden_states, self.config.patch_size)  # (B, 3p², H/p, W/p) -> (B, 3, H, W)
+
+    def _sliced(self, network: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+        """`network(batch)`, or one image after the other."""
+        if not self.use_slicing or batch.shape[0] == 1:
+            return network(batch)
+        return torch.cat([network(one) for one in batch.split(1)])
 
     @apply_forward_hook
     def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> RQVAEEncoderOutput | tuple:

@@ -336,7 +336,7 @@ class DraftAndReviseScheduler(SchedulerMixin, ConfigMixin):
         device = generator.device if generator is not None else "cpu"
 
         def uniform(*shape):
-            return torch.rand(*shape, generator=generator, device=device)
+            return torch.rand(*shape, generator=generator, device=device, dtype=torch.float32)
 
         # A confidence strategy predicts a position many times and needs fresh numbers each time. An image that is done
         # before others draws no more than it would alone.

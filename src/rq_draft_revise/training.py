@@ -444,7 +444,7 @@ def train(
                 masks = random_mask(total_batch_size, num_positions, generator, args.stratified_masks)
             else:
                 masks = torch.ones(total_batch_size, num_positions, dtype=torch.bool)
-            dropped = torch.rand(total_batch_size, generator=generator) < args.condition_dropout
+            dropped = torch.rand(total_batch_size, generator=generator, dtype=torch.float32) < args.condition_dropout
             num_masked, num_texts = masks.sum().item(), max(1, (~dropped).sum().item())
 
             losses = defaultdict(float)
@@ -463,16 +463,18 @@ def train(
                         inputs[condition_name] = batch.condition.masked_fill(drop, transformer.null_condition_id)
                 with accelerator.accumulate(model):
                     out = model(**inputs)
+                    image_loss, text_loss = out.image_loss, out.text_loss
+                    # The logits, which accelerate has copied to float32, would stay through the backward.
+                    del out
                     # Averaging the means of the parts as they are would favour the codes in parts that have few. (The
                     # counts are on the host: no waiting for the device.)
-                    loss = image_loss = out.image_loss * (masks[rows].sum().item() / num_masked * num_parts)
+                    loss = image_loss = image_loss * (masks[rows].sum().item() / num_masked * num_parts)
                     parts = {"image_loss": image_loss}
-                    if out.text_loss is not None:
-                        text_loss = out.text_loss * ((~dropped[rows]).sum().item() / num_texts * num_parts)
+                    if text_loss is not None:
+                        text_loss = text_loss * ((~dropped[rows]).sum().item() / num_texts * num_parts)
                         loss = (1 - config.text_loss_weight) * image_loss + config.text_loss_weight * text_loss
                         parts["text_loss"] = text_loss
                     accelerator.backward(loss)
-                del out  # the logits, which would stay beside those of the next micro-batch
                 for name, value in {"loss": loss, **parts}.items():
                     losses[name] += value.detach() / args.gradient_accumulation_steps
             place = batch.place or place
