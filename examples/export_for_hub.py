@@ -110,6 +110,14 @@ def names_defined(statement: ast.stmt) -> tuple[str, ...]:
     return ()
 
 
+def modules_below(name: str) -> list[str]:
+    """A module and all that it imports of this package, each after those it imports."""
+    order = []
+    for sibling in dict.fromkeys(read_module(name).siblings.values()):
+        order += [module for module in modules_below(sibling) if module not in order]
+    return [*order, name]
+
+
 def single_file(module_name: str, class_name: str, stand_ins: dict[str, str]) -> str:
     """A class and what it needs of all modules of this package, as one file.
 
@@ -124,7 +132,6 @@ def single_file(module_name: str, class_name: str, stand_ins: dict[str, str]) ->
     taken: dict[str, Definition] = {}
     imports: dict[str, str] = {}
     replaced: set[str] = set()
-    order: list[str] = []  # modules, each after those it needs
 
     def take(name: str, module_name: str) -> None:
         module = read_module(module_name)
@@ -141,13 +148,12 @@ def single_file(module_name: str, class_name: str, stand_ins: dict[str, str]) ->
             seen.update(definition.defines)
             for read in sorted(definition.reads):
                 take(read, module_name)
-            if module_name not in order:
-                order.append(module_name)
         elif name in module.imports and imports.setdefault(name, module.imports[name]) != module.imports[name]:
             raise ValueError(f"{module_name}.py and another module import different things as {name!r}.")
 
     seen: set[str] = set()
     take(class_name, module_name)
+    order = [name for name in modules_below(module_name) if any(found.module == name for found in taken.values())]
     definitions = sorted(set(taken.values()), key=lambda found: (order.index(found.module), found.line))
     origin = (
         f"Made by examples/export_for_hub.py of {PACKAGE} {rq_draft_revise.__version__} ({SOURCE_URL}, Apache-2.0), "

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn as nn
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 
@@ -47,15 +47,6 @@ class SelfAttentionProcessor:
         )  # (B, L, H, d/H)
         hidden_states = hidden_states.flatten(2, 3).to(query.dtype)  # (B, L, d)
         return attn.to_out[1](attn.to_out[0](hidden_states)), key, value
-
-
-class BlocksMixin(AttentionMixin):
-    """For models of these blocks, before `ModelMixin`: their attention processors, and how they are compiled."""
-
-    def compile_repeated_blocks(self, *args, dynamic: bool | None = True, **kwargs) -> None:
-        """As in diffusers, by default for all shapes at once: sampling calls a block with many, by images, guidance,
-        positions a step and codes so far, and torch compiles a function for no more than eight."""
-        super().compile_repeated_blocks(*args, dynamic=dynamic, **kwargs)
 
 
 class SelfAttention(nn.Module, AttentionModuleMixin):

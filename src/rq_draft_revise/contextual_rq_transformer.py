@@ -4,37 +4,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from .attention import BlocksMixin, SpatialTransformerBlock
+from .attention import SpatialTransformerBlock
+from .code_transformer import CodeTransformerMixin, TeacherForcingOutput
 from .codes import check_codes, check_ranges, check_tensor, is_readable, project_vectors
 from .depth_transformer import DepthTransformer
 from .publishing import ModelCardMixin
 from .scheduling_draft_and_revise import check_sampling
-
-
-@dataclass
-class ContextualRQTransformerOutput(BaseOutput):
-    """Teacher forcing.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch_size, n, code_depth, codebook_size)`): At the n positions of each
-            image; `(sum of n, code_depth, codebook_size)` where images have different numbers of masked positions.
-        loss (`torch.Tensor`, scalar): `image_loss`, or with text its weighted mean with `text_loss`.
-        image_loss (`torch.Tensor`, scalar): Mean negative log-likelihood (nats) of the codes at the positions.
-        text_loss (`torch.Tensor`, scalar): Mean negative log-likelihood of each next text token.
-        text_logits (`torch.Tensor` of shape `(batch_size, max_text_length - 1, text_vocab_size)`).
-    """
-
-    logits: torch.Tensor
-    loss: torch.Tensor | None = None
-    image_loss: torch.Tensor | None = None
-    text_loss: torch.Tensor | None = None
-    text_logits: torch.Tensor | None = None
 
 
 @dataclass
@@ -63,7 +43,7 @@ class PrefixOutput(BaseOutput):
     prefix_key_values: torch.Tensor
 
 
-class ContextualRQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class ContextualRQTransformerModel(ModelCardMixin, CodeTransformerMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""Contextual RQ-Transformer (Lee et al., "Draft-and-Revise", NeurIPS 2022, section 3.2).
 
     A bidirectional *spatial* transformer reads the code map with its masked positions and the condition before it, and
@@ -89,12 +69,6 @@ class ContextualRQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, Conf
         max_text_length (`int`, defaults to 32): Tokens of a text.
         text_loss_weight (`float`, defaults to 0.1): Weight of the text loss; the image loss has the rest.
     """
-
-    _supports_gradient_checkpointing = True
-    _supports_group_offloading = True
-    _no_split_modules = ["SpatialTransformerBlock", "DepthTransformerBlock"]
-    _repeated_blocks = ["SpatialTransformerBlock", "DepthTransformerBlock"]
-    _skip_layerwise_casting_patterns = ["codebook", "norm", "embedding"]
 
     @register_to_config
     def __init__(
@@ -175,16 +149,6 @@ class ContextualRQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, Conf
             nn.init.zeros_(module.bias)
 
     @property
-    def mask_token_id(self) -> int:
-        """The code of a masked position, K."""
-        return self.config.codebook_size
-
-    @property
-    def num_positions(self) -> int:
-        """N = height · width."""
-        return self.config.height * self.config.width
-
-    @property
     def prefix_length(self) -> int:
         """Positions of the condition: 1 for a class, `max_text_length` for a text, 0 for an unconditional model."""
         if self.config.text_vocab_size is not None:
@@ -196,17 +160,6 @@ class ContextualRQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, Conf
         """The label or token that stands for "no condition"; `None` for an unconditional model."""
         vocabulary = (self.config.num_classes, self.config.text_vocab_size)
         return next((size for size in vocabulary if size is not None), None)
-
-    @property
-    def codebook(self) -> torch.Tensor:
-        """The RQ-VAE's codebook, `(num_codebooks, codebook_size + 1, codebook_dim)`; zeros until [`set_codebook`]."""
-        return self.depth_transformer.codebook.vectors
-
-    def set_codebook(self, codebook: torch.Tensor) -> None:
-        """Copy the RQ-VAE's codebook `(num_codebooks, codebook_size + 1, codebook_dim)`, in which codes are read."""
-        if codebook.shape != self.codebook.shape:
-            raise ValueError(f"`codebook` must have shape {tuple(self.codebook.shape)}, got {tuple(codebook.shape)}.")
-        self.codebook.copy_(codebook)
 
     def forward(
         self,
@@ -222,7 +175,7 @@ class ContextualRQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, Conf
         top_k: int | None = None,
         top_p: float | None = None,
         return_dict: bool = True,
-    ) -> ContextualRQTransformerOutput | StackSampleOutput | PrefixOutput | tuple:
+    ) -> TeacherForcingOutput | StackSampleOutput | PrefixOutput | tuple:
         r"""Three uses, by what is given.
 
         - `labels`: teacher forcing. Only the positions asked for pay for depth blocks and head.
@@ -297,16 +250,9 @@ class ContextualRQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, Conf
 
         stacks = labels.flatten(0, 2).index_select(0, index)  # (M, D)
         logits = self.depth_transformer(context.flatten(0, 1).index_select(0, index), stacks=stacks)  # (M, D, K)
-        loss = image_loss = F.cross_entropy(logits.flatten(0, 1).float(), stacks.flatten())
-        text_loss = text_logits = None
-        if input_ids is not None:
-            text_logits = self.text_head(self.text_norm_out(prefix_states[:, :-1]))  # (B, P-1, V)
-            text_loss = next_token_loss(text_logits, input_ids, self.null_condition_id)
-            loss = (1 - self.config.text_loss_weight) * image_loss + self.config.text_loss_weight * text_loss
-        logits = logits.unflatten(0, shape)
-        if not return_dict:
-            return logits, loss, image_loss, text_loss, text_logits
-        return ContextualRQTransformerOutput(logits, loss, image_loss, text_loss, text_logits)
+        text_states = None if prefix_states is None else prefix_states[:, :-1]
+        output = self._teacher_forcing(logits.unflatten(0, shape), stacks, text_states, input_ids)
+        return output if return_dict else tuple(vars(output).values())
 
     def _encode_prefix(self, condition: torch.Tensor) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Labels or tokens `(B, P)` -> hidden states `(B, P, d)`, and of each layer keys and values `(B, P, H, d/H)`.
@@ -316,10 +262,7 @@ class ContextualRQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, Conf
         hidden_states = self.condition_embedding(condition) + self.prefix_position_embedding  # (B, P, d)
         key_values = []
         for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states, key, value = self._gradient_checkpointing_func(block, hidden_states, None, None, True)
-            else:
-                hidden_states, key, value = block(hidden_states, is_causal=True)
+            hidden_states, key, value = self._run(block, hidden_states, None, None, True)
             key_values.append((key, value))
         return hidden_states, key_values
 
@@ -336,10 +279,7 @@ class ContextualRQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, Conf
         if guided:
             hidden_states = torch.cat([hidden_states, hidden_states])  # (2B, N, d)
         for block, key_value in zip(self.blocks, past, strict=True):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states, _, _ = self._gradient_checkpointing_func(block, hidden_states, *key_value)
-            else:
-                hidden_states, _, _ = block(hidden_states, *key_value)
+            hidden_states, _, _ = self._run(block, hidden_states, *key_value)
         return hidden_states
 
     def _positions_to_index(
@@ -443,17 +383,3 @@ def check_step_sampling(guidance_scale, temperature, top_k, top_p) -> None:
         else:
             del numbers[name]
     check_sampling(**numbers)
-
-
-def next_token_loss(logits: torch.Tensor, input_ids: torch.Tensor, null_condition_id: int | None) -> torch.Tensor:
-    """Mean negative log-likelihood of each next token, over the rows that hold a text; 0 where none does.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch_size, length - 1, text_vocab_size)`).
-        input_ids (`torch.Tensor` of shape `(batch_size, length)`, int64): Rows of `null_condition_id` are left out.
-    """
-    targets = input_ids[:, 1:]
-    if null_condition_id is not None:
-        targets = targets.masked_fill(targets == null_condition_id, -100)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
-    return losses / (targets != -100).sum().clamp(min=1)

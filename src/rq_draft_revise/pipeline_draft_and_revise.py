@@ -4,12 +4,10 @@ Or from an image to its revision, where the draft is left out.
 """
 
 from collections.abc import Callable
+from functools import cache
 
-import numpy as np
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import (
@@ -23,22 +21,17 @@ from .arguments import (
 )
 from .conditions import (
     check_condition,
-    condition_ids,
     count_conditions,
     count_images,
-    integer_labels,
-    names_to_ids,
-    recorded_tokenizer,
 )
 from .contextual_rq_transformer import ContextualRQTransformerModel
-from .images import Images, check_same_codebook, decode_codes, encode_pixels, prepare_pixels, single_images
-from .lora import TransformerLoraMixin
-from .publishing import HubPipelineMixin
+from .images import Images, encode_pixels, single_images
+from .pipeline_mixins import DraftAndReviseMixin
 from .rqvae import RQVAEModel
 from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_step_numbers
 
 
-class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPipeline):
+class DraftAndRevisePipeline(DraftAndReviseMixin, DiffusionPipeline):
     r"""Text- or class-conditional, or unconditional, image generation by Draft-and-Revise, and revision of images.
 
     Args:
@@ -53,10 +46,6 @@ class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPi
         `ValueError`: the RQ-VAE and the transformer have different codebooks, or code maps of different depth.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["tokenizer"]
-    _callback_tensor_inputs = ["latents"]
-
     def __init__(
         self,
         vae: RQVAEModel,
@@ -66,48 +55,8 @@ class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPi
         id2label: dict | None = None,
     ):
         super().__init__()
-        check_kind("vae", vae, RQVAEModel)
-        check_kind("transformer", transformer, ContextualRQTransformerModel)
-        if vae is not None and transformer is not None:
-            check_same_codebook(vae, transformer)
-        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, tokenizer=tokenizer)
-        self.register_to_config(id2label=integer_labels(id2label))
-        factor = vae.spatial_scale_factor if vae is not None else 1
-        self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
-        # in [0, 1], as images come in and go out
-        self.pixel_processor = VaeImageProcessor(vae_scale_factor=factor, do_normalize=False, do_convert_rgb=True)
-
-    def register_to_config(self, **kwargs) -> None:
-        """As in diffusers, which calls it for every component set."""
-        super().register_to_config(**recorded_tokenizer(kwargs))
-
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance of the revise phase; a callback may change it between steps, as it may [`draft_guidance_scale`]."""
-        return self._guidance_scale
-
-    @property
-    def draft_guidance_scale(self) -> float:
-        """Guidance of the draft."""
-        return self._draft_guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the run at hand, draft and revisions together."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to leave out the remaining steps."""
-        return self._interrupt
-
-    def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Class ids of names, such as `pipe.get_label_ids(["volcano"])`.
-
-        Raises:
-            `ValueError`: the pipeline has no `id2label`, a name is not in it, or `label` is no name.
-        """
-        return names_to_ids(label, self.config.id2label)
+        components = dict(scheduler=scheduler, tokenizer=tokenizer)
+        self._set_components(ContextualRQTransformerModel, vae, transformer, id2label, **components)
 
     def check_inputs(
         self,
@@ -208,49 +157,6 @@ class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPi
             return self.transformer.num_positions
         return int((latents[..., 0] == self.transformer.mask_token_id).flatten(1).sum(dim=1).max())
 
-    def encode_condition(
-        self,
-        prompt: str | list[str] | None = None,
-        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
-        num_images_per_prompt: int = 1,
-        negative_prompt: str | list[str] | None = None,
-        do_classifier_free_guidance: bool = False,
-        device: torch.device | None = None,
-    ) -> torch.Tensor | None:
-        """Keys and values of the condition, computed once and good for every step.
-
-        Args:
-            prompt, class_labels, num_images_per_prompt, negative_prompt: As in [`__call__`].
-            do_classifier_free_guidance (`bool`, defaults to `False`): Append the null conditions, or the negative
-                prompts.
-            device (`torch.device`, *optional*): By default where the pipeline executes.
-
-        Returns:
-            `torch.Tensor` of shape `(num_spatial_layers, 2, rows, prefix_length, heads, head_dim)` with one row an
-            image, or two with guidance (all conditions first); `None` for an unconditional model.
-        """
-        condition = condition_ids(
-            self.transformer,
-            self.tokenizer,
-            self.config.id2label,
-            prompt=prompt,
-            class_labels=class_labels,
-            negative_prompt=negative_prompt,
-            do_classifier_free_guidance=do_classifier_free_guidance,
-            device=device or self._execution_device,
-        )
-        if not condition:
-            return None
-        prefix = self.transformer(**condition).prefix_key_values
-        # always a copy: a CUDA graph of the transformer's call writes its results to the same memory each time
-        return prefix.repeat_interleave(num_images_per_prompt, dim=2)
-
-    def prepare_image(self, image: Images) -> torch.Tensor:
-        """Images as pixels of the model's size: `(batch_size, 3, H, W)` in `[0, 1]`."""
-        config, factor = self.transformer.config, self.vae.spatial_scale_factor
-        size = (config.height * factor, config.width * factor)
-        return prepare_pixels(image, self.pixel_processor, size, self._execution_device)
-
     def prepare_latents(
         self, batch_size: int, latents: torch.Tensor | None = None, pixels: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -282,18 +188,6 @@ class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPi
         if num_revise_steps is None:
             num_revise_steps = min(config.num_revise_steps, num_positions)
         self.scheduler.set_timesteps(num_inference_steps, num_revise_steps, num_revisions, selection=selection)
-
-    def decode_latents(
-        self, latents: torch.Tensor, output_type: str = "pil"
-    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Codes to images; undrafted positions decode as the zero vector, so a draft may be watched while it forms.
-
-        Args:
-            latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): Codes.
-            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` `(batch_size, H, W, 3)` or `"pt"`
-                `(batch_size, 3, H, W)`, both in `[0, 1]`, or `"latent"` for the codes themselves.
-        """
-        return decode_codes(self.vae, self.image_processor, latents, output_type=output_type)
 
     @torch.no_grad()
     def __call__(
@@ -411,13 +305,9 @@ class DraftAndRevisePipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPi
         prefix = self.encode_condition(*condition, do_classifier_free_guidance=guided)
 
         # 3. Draft, then revise
-        scalars = {}
-
-        def scalar(value: float) -> torch.Tensor:
-            """A number as a tensor, which a compiled step takes without recompiling; sent to the device once."""
-            if value not in scalars:
-                scalars[value] = torch.tensor(float(value), device=latents.device)
-            return scalars[value]
+        device = latents.device
+        # numbers as tensors, which a compiled step takes without recompiling; each sent to the device once
+        scalar = cache(lambda value: torch.tensor(float(value), device=device))
 
         output = None
         with self.progress_bar(total=len(timesteps)) as progress_bar:

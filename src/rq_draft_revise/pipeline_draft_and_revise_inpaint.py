@@ -1,14 +1,13 @@
 """From an image and a mask to the image with the masked region drawn anew: draft the region, then revise it."""
 
 from collections.abc import Callable
+from functools import cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import logging
-from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import (
@@ -22,16 +21,11 @@ from .arguments import (
 )
 from .conditions import (
     check_condition,
-    condition_ids,
     count_conditions,
-    integer_labels,
-    names_to_ids,
-    recorded_tokenizer,
 )
 from .contextual_rq_transformer import ContextualRQTransformerModel
-from .images import Images, check_same_codebook, decode_codes, encode_pixels, prepare_pixels, single_images
-from .lora import TransformerLoraMixin
-from .publishing import HubPipelineMixin
+from .images import Images, encode_pixels, single_images
+from .pipeline_mixins import DraftAndReviseMixin
 from .rqvae import RQVAEModel
 from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_step_numbers
 
@@ -39,7 +33,7 @@ from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_step_num
 logger = logging.get_logger(__name__)
 
 
-class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPipeline):
+class DraftAndReviseInpaintPipeline(DraftAndReviseMixin, DiffusionPipeline):
     r"""Inpainting, editing and infilling by Draft-and-Revise (supplement D.3, D.4).
 
     The positions under the mask are drafted and then revised, among codes of the image that never change. The
@@ -58,10 +52,6 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
         `ValueError`: the RQ-VAE and the transformer have different codebooks, or code maps of different depth.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["tokenizer"]
-    _callback_tensor_inputs = ["latents"]
-
     def __init__(
         self,
         vae: RQVAEModel,
@@ -71,52 +61,12 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
         id2label: dict | None = None,
     ):
         super().__init__()
-        check_kind("vae", vae, RQVAEModel)
-        check_kind("transformer", transformer, ContextualRQTransformerModel)
-        if vae is not None and transformer is not None:
-            check_same_codebook(vae, transformer)
-        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, tokenizer=tokenizer)
-        self.register_to_config(id2label=integer_labels(id2label))
-        factor = vae.spatial_scale_factor if vae is not None else 1
-        self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
-        # in [0, 1], where uint8 comes back bit for bit
-        self.pixel_processor = VaeImageProcessor(vae_scale_factor=factor, do_normalize=False, do_convert_rgb=True)
+        components = dict(scheduler=scheduler, tokenizer=tokenizer)
+        self._set_components(ContextualRQTransformerModel, vae, transformer, id2label, **components)
         # not resized by interpolation, in which a thin line vanishes
         self.mask_processor = VaeImageProcessor(
             do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
-
-    def register_to_config(self, **kwargs) -> None:
-        """As in diffusers, which calls it for every component set."""
-        super().register_to_config(**recorded_tokenizer(kwargs))
-
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance of the revise phase; a callback may change it between steps, as it may [`draft_guidance_scale`]."""
-        return self._guidance_scale
-
-    @property
-    def draft_guidance_scale(self) -> float:
-        """Guidance of the draft."""
-        return self._draft_guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the run at hand, draft and revisions together."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to leave out the remaining steps."""
-        return self._interrupt
-
-    def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Class ids of names, such as `pipe.get_label_ids(["volcano"])`.
-
-        Raises:
-            `ValueError`: the pipeline has no `id2label`, a name is not in it, or `label` is no name.
-        """
-        return names_to_ids(label, self.config.id2label)
 
     def check_inputs(
         self,
@@ -219,16 +169,6 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
             raise ValueError(f"`mask` must be a bool torch.Tensor of shape {('batch_size', *shape)}, got {got}.")
         return mask
 
-    @property
-    def _image_size(self) -> tuple[int, int]:
-        """Height and width of the images, in pixels."""
-        config, factor = self.transformer.config, self.vae.spatial_scale_factor
-        return config.height * factor, config.width * factor
-
-    def prepare_image(self, image: Images) -> torch.Tensor:
-        """Images as pixels of the model's size: `(batch_size, 3, H, W)` in `[0, 1]`."""
-        return prepare_pixels(image, self.pixel_processor, self._image_size, self._execution_device)
-
     def prepare_mask(self, mask_image: Images | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Pixels to fill, `(batch_size, 1, H, W)` bool, of a mask of pixels or of positions.
 
@@ -239,7 +179,7 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
             pixels = mask.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2).unsqueeze(1)
             return pixels.to(self._execution_device)
         masks = [self.mask_processor.preprocess(one) for one in single_images(mask_image, "mask_image")]
-        masks = [F.adaptive_max_pool2d(one, self._image_size) > 0 for one in masks]  # (1, 1, H, W) each
+        masks = [F.adaptive_max_pool2d(one, self.image_size) > 0 for one in masks]  # (1, 1, H, W) each
         return torch.cat(masks).to(self._execution_device)
 
     def prepare_latents(
@@ -291,54 +231,6 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
         if num_revise_steps is None:
             num_revise_steps = min(config.num_revise_steps, most)
         self.scheduler.set_timesteps(num_inference_steps, num_revise_steps, num_revisions, selection=selection)
-
-    def encode_condition(
-        self,
-        prompt: str | list[str] | None = None,
-        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
-        num_images_per_prompt: int = 1,
-        negative_prompt: str | list[str] | None = None,
-        do_classifier_free_guidance: bool = False,
-        device: torch.device | None = None,
-    ) -> torch.Tensor | None:
-        """Keys and values of the condition, computed once and good for every step.
-
-        Args:
-            prompt, class_labels, num_images_per_prompt, negative_prompt: As in [`__call__`].
-            do_classifier_free_guidance (`bool`, defaults to `False`): Append the null conditions, or the negative
-                prompts.
-            device (`torch.device`, *optional*): By default where the pipeline executes.
-
-        Returns:
-            `torch.Tensor` of shape `(num_spatial_layers, 2, rows, prefix_length, heads, head_dim)` with one row an
-            image, or two with guidance (all conditions first); `None` for an unconditional model.
-        """
-        condition = condition_ids(
-            self.transformer,
-            self.tokenizer,
-            self.config.id2label,
-            prompt=prompt,
-            class_labels=class_labels,
-            negative_prompt=negative_prompt,
-            do_classifier_free_guidance=do_classifier_free_guidance,
-            device=device or self._execution_device,
-        )
-        if not condition:
-            return None
-        prefix = self.transformer(**condition).prefix_key_values
-        return prefix.repeat_interleave(num_images_per_prompt, dim=2)
-
-    def decode_latents(
-        self, latents: torch.Tensor, output_type: str = "pil"
-    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Codes to images; undrafted positions decode as the zero vector, so a draft may be watched while it forms.
-
-        Args:
-            latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): Codes.
-            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` `(batch_size, H, W, 3)` or `"pt"`
-                `(batch_size, 3, H, W)`, both in `[0, 1]`, or `"latent"` for the codes themselves.
-        """
-        return decode_codes(self.vae, self.image_processor, latents, output_type=output_type)
 
     @torch.no_grad()
     def __call__(
@@ -476,13 +368,9 @@ class DraftAndReviseInpaintPipeline(HubPipelineMixin, TransformerLoraMixin, Diff
         prefix = self.encode_condition(*condition, do_classifier_free_guidance=guided)
 
         # 4. Draft, then revise, both inside the region
-        scalars = {}
-
-        def scalar(value: float) -> torch.Tensor:
-            """A number as a tensor, which a compiled step takes without recompiling; sent to the device once."""
-            if value not in scalars:
-                scalars[value] = torch.tensor(float(value), device=latents.device)
-            return scalars[value]
+        device = latents.device
+        # numbers as tensors, which a compiled step takes without recompiling; each sent to the device once
+        scalar = cache(lambda value: torch.tensor(float(value), device=device))
 
         output = None
         with self.progress_bar(total=len(timesteps)) as progress_bar:

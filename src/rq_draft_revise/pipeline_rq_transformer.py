@@ -1,32 +1,24 @@
 """From a prompt or a class to an image by the autoregressive baseline: one stack after the other."""
 
 from collections.abc import Callable
+from functools import cache
 
-import numpy as np
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import check_kind, check_predictions, check_run, next_latents, tensor_inputs_of, warn_of_no_condition
+from .arguments import check_predictions, check_run, next_latents, tensor_inputs_of, warn_of_no_condition
 from .conditions import (
     check_condition,
-    condition_ids,
     count_images,
-    integer_labels,
-    names_to_ids,
-    recorded_tokenizer,
 )
-from .images import check_same_codebook, decode_codes
-from .lora import TransformerLoraMixin
-from .publishing import HubPipelineMixin
-from .rq_transformer import RQTransformerModel, per_depth
+from .pipeline_mixins import CodePipelineMixin
+from .rq_transformer import RQTransformerModel
 from .rqvae import RQVAEModel
-from .scheduling_draft_and_revise import check_sampling, stack_on_host
+from .scheduling_draft_and_revise import stack_on_host
 
 
-class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPipeline):
+class RQTransformerPipeline(CodePipelineMixin, DiffusionPipeline):
     r"""Text- or class-conditional, or unconditional, image generation by an RQ-Transformer (or VQ-GAN's).
 
     There is nothing to schedule: a step samples the stack of one position, in row-major order.
@@ -48,10 +40,6 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
             default that nothing can be sampled with.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["tokenizer"]
-    _callback_tensor_inputs = ["latents"]
-
     def __init__(
         self,
         vae: RQVAEModel,
@@ -64,48 +52,15 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
         top_p: float | list[float] | None = None,
     ):
         super().__init__()
-        check_kind("vae", vae, RQVAEModel)
-        check_kind("transformer", transformer, RQTransformerModel)
-        if vae is not None and transformer is not None:
-            check_same_codebook(vae, transformer)
-        self.register_modules(vae=vae, transformer=transformer, tokenizer=tokenizer)
+        self._set_components(RQTransformerModel, vae, transformer, id2label, tokenizer=tokenizer)
         if transformer is not None:
-            self._check_sampling(guidance_scale, temperature, top_k, top_p)
+            self.transformer.check_sampling(guidance_scale, temperature, top_k, top_p)
         self.register_to_config(
-            id2label=integer_labels(id2label),
             guidance_scale=guidance_scale,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
         )
-        self.image_processor = VaeImageProcessor(vae_scale_factor=vae.spatial_scale_factor if vae is not None else 1)
-
-    def register_to_config(self, **kwargs) -> None:
-        """As in diffusers, which calls it for every component set."""
-        super().register_to_config(**recorded_tokenizer(kwargs))
-
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance of the run at hand; a callback may change it between the steps of a guided run."""
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of a run, one a position."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to leave out the remaining steps."""
-        return self._interrupt
-
-    def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Class ids of names, such as `pipe.get_label_ids(["volcano"])`.
-
-        Raises:
-            `ValueError`: the pipeline has no `id2label`, a name is not in it, or `label` is no name.
-        """
-        return names_to_ids(label, self.config.id2label)
 
     def check_inputs(
         self,
@@ -138,7 +93,7 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
         # the sampler
         given = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
         given = {name: self.config[name] if value is None else value for name, value in given.items()}
-        self._check_sampling(**given)
+        self.transformer.check_sampling(**given)
         warn_of_no_condition(guidance_scale=guidance_scale)
         guided = given["guidance_scale"] != 1
         if guided and self.transformer.null_condition_id is None and negative_prompt is None:
@@ -161,12 +116,6 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
             allowed_tensor_inputs=self._callback_tensor_inputs,
         )
 
-    def _check_sampling(self, guidance_scale, temperature, top_k, top_p) -> None:
-        """Numbers of the sampling, depth by depth."""
-        depths = self.transformer.config.code_depth
-        for k, p in zip(per_depth("top_k", top_k, depths), per_depth("top_p", top_p, depths), strict=True):
-            check_sampling(guidance_scale, temperature, top_k=k, top_p=p)
-
     def encode_condition(
         self,
         prompt: str | list[str] | None = None,
@@ -175,7 +124,6 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
         negative_prompt: str | list[str] | None = None,
         do_classifier_free_guidance: bool = False,
         latents: torch.Tensor | None = None,
-        device: torch.device | None = None,
     ) -> dict[str, torch.Tensor]:
         """What the transformer is given in every step: the condition, and a new cache which has read it.
 
@@ -184,21 +132,16 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
             do_classifier_free_guidance (`bool`, defaults to `False`): Append the null conditions, or the negative
                 prompts.
             latents (`torch.Tensor`, *optional*): The code map to start from, without a condition.
-            device (`torch.device`, *optional*): By default where the pipeline executes.
 
         Returns:
             `past_key_values`, and with a condition `class_labels` or `input_ids`; one row an image, or two with
             guidance (all conditions first).
         """
-        condition = condition_ids(
-            self.transformer,
-            self.tokenizer,
-            self.config.id2label,
+        condition = self.condition_ids(
             prompt=prompt,
             class_labels=class_labels,
             negative_prompt=negative_prompt,
             do_classifier_free_guidance=do_classifier_free_guidance,
-            device=device or self._execution_device,
         )
         # always a copy of the cache: a CUDA graph of the transformer's call writes its results to the same memory
         if not condition:
@@ -227,18 +170,6 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
             device = source.device if source is not None else "cpu"
             images.append(torch.rand(*shape, generator=source, device=device, dtype=torch.float32))
         return stack_on_host(images).to(self._execution_device)
-
-    def decode_latents(
-        self, latents: torch.Tensor, output_type: str = "pil"
-    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Codes to images; undrafted positions decode as the zero vector, so a draft may be watched while it forms.
-
-        Args:
-            latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): Codes.
-            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` `(batch_size, H, W, 3)` or `"pt"`
-                `(batch_size, 3, H, W)`, both in `[0, 1]`, or `"latent"` for the codes themselves.
-        """
-        return decode_codes(self.vae, self.image_processor, latents, output_type=output_type)
 
     @torch.no_grad()
     def __call__(
@@ -325,13 +256,8 @@ class RQTransformerPipeline(HubPipelineMixin, TransformerLoraMixin, DiffusionPip
 
         # 3. One position after the other
         positions = torch.arange(self._num_timesteps, device=latents.device)
-        scalars = {}
-
-        def scalar(value: float) -> torch.Tensor:
-            """A number as a tensor, which a compiled step takes without recompiling; sent to the device once."""
-            if value not in scalars:
-                scalars[value] = torch.tensor(float(value), device=latents.device)
-            return scalars[value]
+        # numbers as tensors, which a compiled step takes without recompiling; each sent to the device once
+        scalar = cache(lambda value: torch.tensor(float(value), device=positions.device))
 
         output = None
         with self.progress_bar(total=self._num_timesteps) as progress_bar:

@@ -4,37 +4,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from .attention import BlocksMixin, SpatialTransformerBlock
+from .attention import SpatialTransformerBlock
+from .code_transformer import CodeTransformerMixin, TeacherForcingOutput
 from .codes import check_codes, check_ranges, check_tensor, is_readable, project_vectors
-from .contextual_rq_transformer import check_step_sampling, next_token_loss
+from .contextual_rq_transformer import check_step_sampling
 from .depth_transformer import DepthTransformer
 from .publishing import ModelCardMixin
-
-
-@dataclass
-class RQTransformerOutput(BaseOutput):
-    """Teacher forcing.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch_size, height * width, code_depth, codebook_size)`): Of each code, given
-            all stacks before its own and the shallower codes of its own.
-        loss (`torch.Tensor`, scalar): `image_loss`, or with text its weighted mean with `text_loss`.
-        image_loss (`torch.Tensor`, scalar): Mean negative log-likelihood (nats) of the codes.
-        text_loss (`torch.Tensor`, scalar): Mean negative log-likelihood of each next text token.
-        text_logits (`torch.Tensor` of shape `(batch_size, max_text_length - 1, text_vocab_size)`).
-    """
-
-    logits: torch.Tensor
-    loss: torch.Tensor | None = None
-    image_loss: torch.Tensor | None = None
-    text_loss: torch.Tensor | None = None
-    text_logits: torch.Tensor | None = None
 
 
 @dataclass
@@ -66,7 +46,7 @@ class CacheOutput(BaseOutput):
     past_key_values: torch.Tensor
 
 
-class RQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class RQTransformerModel(ModelCardMixin, CodeTransformerMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""RQ-Transformer (Lee et al., "Autoregressive Image Generation using Residual Quantization", CVPR 2022).
 
     A causal *spatial* transformer reads the condition and then the stacks of the image in row-major order, where stack
@@ -102,12 +82,6 @@ class RQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, ConfigMixin, P
     Raises:
         `ValueError`: a number out of its range, two kinds of condition, or options that exclude each other.
     """
-
-    _supports_gradient_checkpointing = True
-    _supports_group_offloading = True
-    _no_split_modules = ["SpatialTransformerBlock", "DepthTransformerBlock"]
-    _repeated_blocks = ["SpatialTransformerBlock", "DepthTransformerBlock"]
-    _skip_layerwise_casting_patterns = ["codebook", "norm", "embedding"]
 
     @register_to_config
     def __init__(
@@ -193,16 +167,6 @@ class RQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, ConfigMixin, P
                 nn.init.zeros_(parameter)
 
     @property
-    def mask_token_id(self) -> int:
-        """The code of a position that has not been sampled, K."""
-        return self.config.codebook_size
-
-    @property
-    def num_positions(self) -> int:
-        """N = height · width."""
-        return self.config.height * self.config.width
-
-    @property
     def prefix_length(self) -> int:
         """Positions of the condition, P: `max_text_length` for a text, 1 for a class or the start token."""
         return 1 if self.config.text_vocab_size is None else self.config.max_text_length
@@ -211,17 +175,6 @@ class RQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, ConfigMixin, P
     def null_condition_id(self) -> int | None:
         """The label or token that stands for "no condition"; `None` for a model that has none."""
         return (self.config.num_classes or self.config.text_vocab_size) if self.config.null_condition else None
-
-    @property
-    def codebook(self) -> torch.Tensor:
-        """The RQ-VAE's codebook, `(num_codebooks, codebook_size + 1, codebook_dim)`; zeros until [`set_codebook`]."""
-        return self.depth_transformer.codebook.vectors
-
-    def set_codebook(self, codebook: torch.Tensor) -> None:
-        """Copy the RQ-VAE's codebook `(num_codebooks, codebook_size + 1, codebook_dim)`, in which codes are read."""
-        if codebook.shape != self.codebook.shape:
-            raise ValueError(f"`codebook` must have shape {tuple(self.codebook.shape)}, got {tuple(codebook.shape)}.")
-        self.codebook.copy_(codebook)
 
     def forward(
         self,
@@ -237,7 +190,7 @@ class RQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, ConfigMixin, P
         top_k: int | list[int] | None = None,
         top_p: float | list[float] | None = None,
         return_dict: bool = True,
-    ) -> RQTransformerOutput | NextStackOutput | CacheOutput | tuple:
+    ) -> TeacherForcingOutput | NextStackOutput | CacheOutput | tuple:
         r"""Three uses, by what is given.
 
         - `labels`: teacher forcing.
@@ -274,7 +227,7 @@ class RQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, ConfigMixin, P
                 the CPU also values out of range; on an accelerator reading them would wait for the device.
         """
         self._check_inputs(codes, position, uniforms, class_labels, input_ids, labels, past_key_values, guidance_scale)
-        self._check_sampling(guidance_scale, temperature, top_k, top_p)
+        self.check_sampling(guidance_scale, temperature, top_k, top_p)
         if class_labels is not None:
             condition = class_labels.unsqueeze(1)  # (B, 1)
         elif input_ids is not None:
@@ -319,23 +272,12 @@ class RQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, ConfigMixin, P
         image = self._embed(stacks[:, :-1]) + self.position_embedding[:-1]  # (B, N-1, d)
         hidden_states = torch.cat([prefix, image], dim=1)  # (B, P+N-1, d)
         for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states, _, _ = self._gradient_checkpointing_func(block, hidden_states, None, None, True)
-            else:
-                hidden_states, _, _ = block(hidden_states, is_causal=True)
+            hidden_states, _, _ = self._run(block, hidden_states, None, None, True)
         context = hidden_states[:, self.prefix_length - 1 :]  # (B, N, d)
         logits = self.depth_transformer(context.flatten(0, 1), stacks=stacks.flatten(0, 1))
         logits = logits.unflatten(0, stacks.shape[:2])  # (B, N, D, K)
-        loss = image_loss = F.cross_entropy(logits.flatten(0, 2).float(), stacks.flatten())
-        text_loss = text_logits = None
-        if input_ids is not None:
-            text_states = hidden_states[:, : self.prefix_length - 1]
-            text_logits = self.text_head(self.text_norm_out(text_states))  # (B, P-1, V)
-            text_loss = next_token_loss(text_logits, input_ids, self.null_condition_id)
-            loss = (1 - self.config.text_loss_weight) * image_loss + self.config.text_loss_weight * text_loss
-        if not return_dict:
-            return logits, loss, image_loss, text_loss, text_logits
-        return RQTransformerOutput(logits, loss, image_loss, text_loss, text_logits)
+        output = self._teacher_forcing(logits, stacks, hidden_states[:, : self.prefix_length - 1], input_ids)
+        return output if return_dict else tuple(vars(output).values())
 
     def _embed(self, stacks: torch.Tensor) -> torch.Tensor:
         """Stacks `(B, n, D)` -> `(B, n, d)`, without their positions."""
@@ -407,7 +349,7 @@ class RQTransformerModel(ModelCardMixin, BlocksMixin, ModelMixin, ConfigMixin, P
             }
         )
 
-    def _check_sampling(self, guidance_scale, temperature, top_k, top_p) -> None:
+    def check_sampling(self, guidance_scale, temperature, top_k, top_p) -> None:
         """Numbers of the sampling, depth by depth."""
         depths = self.config.code_depth
         for k, p in zip(per_depth("top_k", top_k, depths), per_depth("top_p", top_p, depths), strict=True):
