@@ -340,7 +340,7 @@ def draw_grid(columns: list[tuple[str, list[Tensor]]], side: int = 128) -> Image
 
 
 def spread_over(pairs: list[tuple[int, int]], count: int) -> list[int]:
-    """`count` places in a sorted list of label pairs, about evenly spaced, with all backdrops alike often."""
+    """`count` places in a sorted list of label pairs, about evenly spaced, with every backdrop equally often."""
     places: list[int] = []
     for k in range(min(count, len(pairs))):
         shown = [pairs[place][1] for place in places]

@@ -24,6 +24,7 @@ from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict
 
 from rq_draft_revise import DraftAndRevisePipeline
+from rq_draft_revise.batches import Batch
 from rq_draft_revise.budget import learning_rate_at
 from rq_draft_revise.code_cache import encoded_rows
 from rq_draft_revise.data import (
@@ -36,10 +37,10 @@ from rq_draft_revise.data import (
     without_empty,
 )
 from rq_draft_revise.divergence import NonFiniteGuard
-from rq_draft_revise.masks import random_mask
+from rq_draft_revise.masks import draws_of_step
 from rq_draft_revise.model_card import model_card
 from rq_draft_revise.publishing import create_repository, upload
-from rq_draft_revise.training import make_accelerator
+from rq_draft_revise.training import losses_of, make_accelerator
 from rq_draft_revise.waiting import main_process_first
 
 
@@ -268,7 +269,6 @@ def main(args):
         num_images, 0, args.train_batch_size, accelerator.process_index, accelerator.num_processes, args.seed
     )
     num_parts = accelerator.num_processes * args.gradient_accumulation_steps
-    generator = torch.Generator()
     guard = NonFiniteGuard(accelerator, args.max_nonfinite_steps)
     max_grad_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
     started, mean = time.monotonic(), math.nan
@@ -280,32 +280,17 @@ def main(args):
         )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        # Every process draws the masks of the whole batch and takes its rows, as in the training of the second stage.
-        generator.manual_seed(args.seed * 1_000_003 + step)
-        masks = random_mask(total_batch_size, transformer.num_positions, generator)
-        dropped = torch.rand(total_batch_size, generator=generator) < args.condition_dropout
-        num_masked, num_texts = masks.sum().item(), max(1, (~dropped).sum().item())
+        draws = draws_of_step(total_batch_size, transformer.num_positions, args.condition_dropout, args.seed, step)
         step_loss = torch.zeros_like(loss_sum)
         for micro_batch in range(args.gradient_accumulation_steps):
             first = (micro_batch * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
-            rows = slice(first, first + args.train_batch_size)
+            own = draws.part(first, args.train_batch_size)
             indices, flips = next(order)
             codes = codes_of_images[indices, flips.long() if args.random_flip else 0]  # (B, h, w, D)
-            mask = masks[rows].to(accelerator.device).view(-1, config.height, config.width, 1)
-            condition = {}
-            if conditions is not None:
-                batch = conditions[indices].to(accelerator.device)  # (B, L) or (B,)
-                null = dropped[rows].to(accelerator.device).view(-1, *[1] * (batch.ndim - 1))
-                condition[condition_name] = batch.masked_fill(null, transformer.null_condition_id)
-            # every masked code and every text of the whole batch counts the same, whatever micro-batch it is in
-            image_share = masks[rows].sum().item() / num_masked * num_parts
-            text_share = (~dropped[rows]).sum().item() / num_texts * num_parts
+            condition = None if conditions is None else conditions[indices].to(accelerator.device)  # (B, L) or (B,)
             with accelerator.accumulate(model):
-                out = model(codes.masked_fill(mask, transformer.mask_token_id), labels=codes, **condition)
-                loss = out.image_loss * image_share
-                if out.text_loss is not None:
-                    text_loss = out.text_loss * text_share
-                    loss = (1 - config.text_loss_weight) * loss + config.text_loss_weight * text_loss
+                batch = Batch(codes, condition)
+                loss = losses_of(model, transformer, batch, condition_name, own, draws, num_parts)["loss"]
                 accelerator.backward(loss)
             step_loss += loss.detach() / args.gradient_accumulation_steps
         if guard.accepts(step_loss, accelerator.clip_grad_norm_(trainable, max_grad_norm)):

@@ -314,7 +314,7 @@ def reconstruction_metrics(rqvae, images, batch_size, accelerator):
 
 
 @torch.no_grad()
-def save_grid(rqvae, images, path, accelerator, columns=8):
+def save_reconstructions(rqvae, images, path, accelerator, columns=8):
     """Write a PNG of `images`, each row of originals above the row of their reconstructions."""
     with accelerator.autocast():
         sample = rqvae(to_pixel_values(images.to(accelerator.device))).sample.float()
@@ -479,7 +479,7 @@ def main(args):
         }
         if accelerator.is_main_process:
             path = output_dir / f"reconstructions-{step:07d}.png"
-            save_grid(rqvae, next(iter(validation_images.values()))[:16], path, accelerator)
+            save_reconstructions(rqvae, next(iter(validation_images.values()))[:16], path, accelerator)
             log.write_image("reconstructions", path, step)
         if ema is not None:
             ema.restore(rqvae.parameters())

@@ -567,7 +567,10 @@ def test_a_damaged_batch_is_one_clear_error_and_can_be_made_again(problem, tmp_p
         (dict(inception_weights="w.pth"), "`inception_weights` are for the network 'inception'"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_anything_is_sampled(problem, tmp_path, made, flags, message):
+def test_what_cannot_be_done_is_refused_before_anything_is_sampled(
+    problem, tmp_path, made, flags, message, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no look-ups of "nowhere"
     flags = dict(flags)
     if flags.get("features") == "other":
         classifier = tiny_classifier(8)

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from rq_draft_revise import DraftAndReviseInpaintPipeline, DraftAndRevisePipeline
+from rq_draft_revise.masks import random_mask
 
 
 CAPTIONS = ["a cat at dusk", "an owl in the snow", "the volcano", "rocket at night"]
@@ -108,7 +109,7 @@ def loss_on_images(problem, pipe):
     rows, codes = train_lora.encode_images(args, dataset, pipe, "cpu")
     _, ids = train_lora.load_condition(args, dataset, pipe)
     codes, ids = codes[:, 0], ids[rows]
-    masks = train_lora.random_mask(40, pipe.transformer.num_positions, torch.Generator().manual_seed(0))
+    masks = random_mask(40, pipe.transformer.num_positions, torch.Generator().manual_seed(0))
     mask = masks.view(40, *codes.shape[1:3], 1)
     codes, ids = codes.repeat(10, 1, 1, 1), ids.repeat(10, 1)
     masked = codes.masked_fill(mask, pipe.transformer.mask_token_id)

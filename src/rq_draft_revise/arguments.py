@@ -5,7 +5,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
 
 from .codes import check_codes
-from .scheduling_draft_and_revise import check_generator, check_sampling
+from .sampling import check_generator, check_sampling
 
 
 logger = logging.get_logger(__name__)
@@ -16,7 +16,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 def check_kind(argument: str, component, kind: type) -> None:
     """Refuse, with a `ValueError`, a component that is no `kind`, `None` excepted.
 
-    By name: an export for the Hub brings definitions of its own, which are other classes.
+    Compared by class name: a pipeline exported for the Hub carries copies of the classes.
     """
     original = getattr(component, "_orig_mod", component)  # of torch.compile
     if original is not None and kind.__name__ not in [base.__name__ for base in type(original).__mro__]:

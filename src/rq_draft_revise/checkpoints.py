@@ -55,7 +55,6 @@ CHANGEABLE = frozenset(
         "validation_prompts",
         "push_to_hub",
         "hub_model_id",
-        "hub_token",
         "hub_private_repo",
     ]
 )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from .data import CODES_COLUMN, SkippedRows, decoded_rows, to_pixel_values
 from .rqvae import RQVAEModel
@@ -182,7 +182,7 @@ def cached_codes(
         save_file({"rows": torch.tensor(rows, dtype=torch.int64), "codes": codes}, parts[accelerator.process_index])
         wait_for_everyone(accelerator)
         if accelerator.is_main_process:
-            shares = [load_tensors(part) for part in parts]
+            shares = [load_file(part) for part in parts]
             shares = [share for share in shares if len(share["rows"])]
             if not shares:
                 raise ValueError(f"`image_column` {image_column!r} has no readable image.")
@@ -194,14 +194,8 @@ def cached_codes(
             for part in parts:
                 part.unlink()
         wait_for_everyone(accelerator)
-    tensors = load_tensors(path)
+    tensors = load_file(path)
     return tensors["rows"], tensors["codes"]
-
-
-def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
 
 
 def codes_in_memory(codes: torch.Tensor) -> ReadCodes:

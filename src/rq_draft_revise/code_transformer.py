@@ -40,8 +40,8 @@ class CodeTransformerMixin(AttentionMixin):
     _skip_layerwise_casting_patterns = ["codebook", "norm", "embedding"]
 
     def compile_repeated_blocks(self, *args, dynamic: bool | None = True, **kwargs) -> None:
-        """As in diffusers, by default for all shapes at once: sampling calls a block with many, by images, guidance,
-        positions a step and codes so far, and torch compiles a function for no more than eight."""
+        """As in diffusers, but by default for all shapes at once: sampling calls a block with many (batch, guidance,
+        cached codes), and torch gives up after compiling a function eight times."""
         super().compile_repeated_blocks(*args, dynamic=dynamic, **kwargs)
 
     @property

@@ -4,7 +4,7 @@ import torch
 from diffusers.utils import logging
 from transformers import PreTrainedTokenizerBase
 
-from .scheduling_draft_and_revise import is_integer
+from .sampling import is_integer
 
 
 logger = logging.get_logger(__name__)
@@ -16,9 +16,8 @@ def integer_labels(id2label: dict | None) -> dict[int, str] | None:
 
 
 def recorded_tokenizer(components: dict) -> dict:
-    """What `model_index.json` is to say of the components: a tokenizer's class by the name that 4.57 and 5 both know.
-
-    transformers 5 renamed it.
+    """What `model_index.json` is to say of the components. transformers 5 renamed `PreTrainedTokenizerFast` to
+    `TokenizersBackend`; the old name is recorded, which both versions load.
     """
     if components.get("tokenizer") == ("transformers", "TokenizersBackend"):
         return components | {"tokenizer": ("transformers", "PreTrainedTokenizerFast")}

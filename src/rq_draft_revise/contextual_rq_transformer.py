@@ -14,7 +14,7 @@ from .code_transformer import CodeTransformerMixin, TeacherForcingOutput
 from .codes import check_codes, check_ranges, check_tensor, is_readable, project_vectors
 from .depth_transformer import DepthTransformer
 from .publishing import ModelCardMixin
-from .scheduling_draft_and_revise import check_sampling
+from .sampling import check_sampling
 
 
 @dataclass

@@ -8,9 +8,8 @@ import os
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from glob import glob
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .images import to_rgb
+from .images import to_rgb, to_square
 from .interruption import ignore_stop_signals
 
 
@@ -270,7 +269,7 @@ class SkippedRows:
     def add(self, reason: str, row: str, epoch: int | None = None) -> None:
         """Leave out `row`; a second time changes nothing.
 
-        With `epoch`, of a row that is named differently in each: the epoch that leaves out most rows counts.
+        Pass `epoch` where a row's name changes between epochs: the largest count of any one epoch is then reported.
         """
         rows = self.rows.setdefault(reason, {})
         key = row
@@ -366,29 +365,11 @@ def input_ids_sha256(
 
 
 def decode_image(image: Image.Image, resolution: int, crop: tuple[float, float] | None = None) -> torch.Tensor:
-    """PIL image to uint8 `(3, resolution, resolution)`: [`to_rgb`], shorter side resized, square cropped.
-
-    The filter is bilinear, as where the parent trains and where FID's reference is made: Lanczos would give sharper
-    images than those that samples are compared with.
+    """PIL image to uint8 `(3, resolution, resolution)`: [`to_rgb`] and [`to_square`].
 
     Everything stays uint8 until it is on the training device: a quarter of the memory and of the transfer.
-
-    Args:
-        crop (`tuple[float, float]`, *optional*): Where the square lies, from 0 (left, top) to 1 (right, bottom). By
-            default in the center.
     """
-    image = to_rgb(image)
-    if image.size != (resolution, resolution):
-        short = min(image.size)
-        width, height = (int(resolution * side / short) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        if crop is None:
-            left, top = round((width - resolution) / 2), round((height - resolution) / 2)
-        else:
-            left, top = (int(u * (side - resolution + 1)) for u, side in zip(crop, (width, height)))
-            left, top = min(left, width - resolution), min(top, height - resolution)
-        image = image.crop((left, top, left + resolution, top + resolution))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(to_square(to_rgb(image), resolution, crop))).permute(2, 0, 1)
 
 
 class DecodedImages(torch.utils.data.Dataset):
@@ -674,7 +655,7 @@ class UsableRows:
 
 def decoded_stream(
     rows: Iterable[tuple[dict, tuple[int, int]]],
-    decode: "partial",
+    decode: Callable[[dict[str, Any], tuple[int, int]], torch.Tensor],
     num_threads: int,
     reason: str,
     skipped: SkippedRows,

@@ -71,11 +71,11 @@ def adaptive_weight(
     r"""How much the adversarial loss has to weigh to pull as hard as the reconstruction loss.
 
     ‖∇_W L_rec‖ / (‖∇_W L_adv‖ + 1e-4), clamped to `[0, maximum]`, where W is the weight of the decoder's last layer
-    (Esser et al., "Taming Transformers", CVPR 2021, eq. 7). Not a number in, not a number out.
+    (Esser et al., "Taming Transformers", CVPR 2021, eq. 7). NaN propagates.
 
     Args:
         reconstruction_gradient (`torch.Tensor`), adversarial_gradient (`torch.Tensor`): ∇_W of both losses.
-        maximum (`float`, defaults to 1e4): When the discriminator is content everywhere, the quotient has no bound.
+        maximum (`float`, defaults to 1e4): Where the adversarial gradient vanishes, the quotient is unbounded.
     """
     weight = reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-4)
     return weight.clamp(0, maximum)

@@ -20,7 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from torch import Tensor
 
-from .images import to_rgb
+from .images import to_rgb, to_square
 from .metrics import ReferenceStatistics
 from .provenance import file_sha256
 
@@ -66,20 +66,6 @@ class Protocol:
         return (scaled.round() if self.round_to_nearest else scaled).to(torch.uint8)
 
 
-def _crop_center(image: Image.Image, left: int, top: int, resolution: int) -> Image.Image:
-    return image.crop((left, top, left + resolution, top + resolution))
-
-
-def _bilinear_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """torchvision's Resize and CenterCrop, of torch-fidelity and of the parent, which round sides and offsets so."""
-    if image.size != (resolution, resolution):
-        short = min(image.size)
-        width, height = (int(resolution * side / short) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        image = _crop_center(image, round((width - resolution) / 2), round((height - resolution) / 2), resolution)
-    return image
-
-
 def _adm_crop(image: Image.Image, resolution: int) -> Image.Image:
     """ADM's: halved by box filters as long as it stays large enough, then bicubic."""
     while min(image.size) >= 2 * resolution:
@@ -88,20 +74,21 @@ def _adm_crop(image: Image.Image, resolution: int) -> Image.Image:
     width, height = (round(side * scale) for side in image.size)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return _crop_center(image, (width - resolution) // 2, (height - resolution) // 2, resolution)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
 
 
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         # pip install torch-fidelity: uint8 images, all of them in the Inception Score's ten shuffled parts.
-        Protocol("torch-fidelity", _bilinear_crop, True, False, {"num_splits": 10, "shuffle_seed": 2020}),
+        Protocol("torch-fidelity", to_square, True, False, {"num_splits": 10, "shuffle_seed": 2020}),
         # guided-diffusion's evaluations: parts of 5,000 in the order of sampling, which there is a random one. Sorted
         # by class they would have to be shuffled.
         Protocol("adm", _adm_crop, False, False, {"split_size": 5000, "shuffle_seed": 2020}),
         # rq-vae-transformer, by which the paper's figures are made. It hands Inception unrounded floats; here they are
         # rounded to uint8 first, as any saved image is.
-        Protocol("rq-vae", _bilinear_crop, True, True, {"num_splits": 10, "shuffle_seed": 2020}),
+        Protocol("rq-vae", to_square, True, True, {"num_splits": 10, "shuffle_seed": 2020}),
     )
 }
 
@@ -349,7 +336,7 @@ class ImageClassifierModel(ModelMixin, ConfigMixin):
 
 
 class ResidualLayer(nn.Module):
-    """Two 3×3 convolutions before which it is normalized (He et al. 2016), beside a shortcut."""
+    """Pre-activation residual block (He et al. 2016): twice GroupNorm, ReLU and a 3×3 convolution, plus a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, num_groups: int):
         super().__init__()

@@ -161,6 +161,27 @@ def float32_weights(vae: RQVAEModel):
             module._parameters[name] = weight
 
 
+def to_square(image: Image.Image, resolution: int, crop: tuple[float, float] | None = None) -> Image.Image:
+    """The shorter side resized by the bilinear filter, then a square cropped: as torchvision's Resize and CenterCrop
+    round, by which the parent trains and torch-fidelity reads.
+
+    Args:
+        crop (`tuple[float, float]`, *optional*): Where the square lies, from 0 (left, top) to 1 (right, bottom). By
+            default in the center.
+    """
+    if image.size == (resolution, resolution):
+        return image
+    short = min(image.size)
+    width, height = (int(resolution * side / short) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    if crop is None:
+        left, top = round((width - resolution) / 2), round((height - resolution) / 2)
+    else:
+        left, top = (int(u * (side - resolution + 1)) for u, side in zip(crop, (width, height)))
+        left, top = min(left, width - resolution), min(top, height - resolution)
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image in 8-bit RGB.
 

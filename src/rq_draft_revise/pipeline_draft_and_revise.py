@@ -28,7 +28,8 @@ from .contextual_rq_transformer import ContextualRQTransformerModel
 from .images import Images, encode_pixels, single_images
 from .pipeline_mixins import DraftAndReviseMixin
 from .rqvae import RQVAEModel
-from .scheduling_draft_and_revise import DraftAndReviseScheduler, check_step_numbers
+from .sampling import check_step_numbers
+from .scheduling_draft_and_revise import DraftAndReviseScheduler
 
 
 class DraftAndRevisePipeline(DraftAndReviseMixin, DiffusionPipeline):

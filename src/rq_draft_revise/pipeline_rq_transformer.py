@@ -15,7 +15,7 @@ from .conditions import (
 from .pipeline_mixins import CodePipelineMixin
 from .rq_transformer import RQTransformerModel
 from .rqvae import RQVAEModel
-from .scheduling_draft_and_revise import stack_on_host
+from .sampling import stack_on_host
 
 
 class RQTransformerPipeline(CodePipelineMixin, DiffusionPipeline):

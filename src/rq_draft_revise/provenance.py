@@ -1,4 +1,4 @@
-"""What images of an evaluation and their scores depend on: the seed of each image, and the record of a run."""
+"""Where a result comes from: seeds, digests, versions, hardware, and the record of a run."""
 
 import functools
 import hashlib

@@ -123,8 +123,8 @@ class BatchSource:
     """Where the batches of a run come from. Called, it gives them.
 
     Args:
-        batches_from: From the images that all processes have read and the place of this process in a stream to its
-            endless batches after that.
+        batches_from: Given how many images all processes have read, and this process's place in a stream, its endless
+            batches from there on.
         digest (`str`, *optional*): Of the data, see [`digest_of_rows`]; None of a stream.
     """
 

@@ -10,8 +10,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
+from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
+from .batches import Batch
 from .budget import Budget, learning_rate_at
 from .checkpoints import LogWindow, TrainingLog, load_checkpoint, save_checkpoint
 from .contextual_rq_transformer import ContextualRQTransformerModel
@@ -19,7 +21,7 @@ from .data import SkippedRows
 from .divergence import NonFiniteGuard
 from .images import check_same_codebook
 from .interruption import StopSignal
-from .masks import random_mask
+from .masks import Draws, draws_of_step
 from .model_card import model_card
 from .pipeline_draft_and_revise import DraftAndRevisePipeline
 from .pipeline_rq_transformer import RQTransformerPipeline
@@ -28,7 +30,7 @@ from .rq_transformer import RQTransformerModel
 from .rqvae import RQVAEModel
 from .scheduling_draft_and_revise import DraftAndReviseScheduler
 from .splits import BatchSource
-from .validation import ValidationSet, autoregressive_loss, sample_images, save_grid, validation_loss
+from .validation import ValidationSet, sample_images, validation_loss
 
 
 if TYPE_CHECKING:
@@ -389,11 +391,7 @@ def train(
             ema.store(parameters)
             ema.copy_to(parameters)
         for name, validation_set in validation_sets.items():
-            arguments = (condition_name, validation_set, args.train_batch_size, accelerator)
-            if is_contextual:
-                losses = validation_loss(transformer, transformer.mask_token_id, *arguments)
-            else:
-                losses = autoregressive_loss(transformer, *arguments)
+            losses = validation_loss(transformer, condition_name, validation_set, args.train_batch_size, accelerator)
             log.write(
                 {**entry_of("validation"), "split": name, **losses},
                 f"  validation at step {step} on {name}: {losses_line(losses)}",
@@ -402,7 +400,7 @@ def train(
             images = sample_images(pipeline, sample_condition, args.num_validation_images, accelerator)
             if accelerator.is_main_process:
                 path = output_dir / f"samples-{step:07d}.png"
-                save_grid(images, path)
+                save_image(images, path, nrow=math.ceil(len(images) ** 0.5), padding=0)
                 log.write_image("samples", path, step)
         reshard(model)
         if ema is not None:
@@ -423,7 +421,6 @@ def train(
     # micro-batches, and DistributedDataParallel the gradients by the number of processes.
     num_parts = accelerator.num_processes * args.gradient_accumulation_steps
     batches = batches_from(images_seen, place)
-    generator = torch.Generator()
     window = LogWindow(accelerator, progress["window"])
     bar = tqdm(total=max_train_steps, initial=step, unit="step", disable=None if accelerator.is_main_process else True,
                bar_format="{desc}{n_fmt}/{total_fmt} steps {postfix}")  # fmt: skip
@@ -436,46 +433,19 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
 
-            # Every process draws the masks of the whole batch and takes its rows. So the batch is stratified as a
-            # whole, the number of masked codes is known without asking the others, and the draws do not depend on the
-            # split.
-            generator.manual_seed(args.seed * 1_000_003 + step)
-            if is_contextual:
-                masks = random_mask(total_batch_size, num_positions, generator, args.stratified_masks)
-            else:
-                masks = torch.ones(total_batch_size, num_positions, dtype=torch.bool)
-            dropped = torch.rand(total_batch_size, generator=generator, dtype=torch.float32) < args.condition_dropout
-            num_masked, num_texts = masks.sum().item(), max(1, (~dropped).sum().item())
+            draws = draws_of_step(
+                total_batch_size, num_positions, args.condition_dropout, args.seed, step, args.stratified_masks,
+                masked=is_contextual,
+            )  # fmt: skip
 
             losses = defaultdict(float)
             for micro_batch in range(args.gradient_accumulation_steps):
                 first = (micro_batch * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
-                rows = slice(first, first + args.train_batch_size)
-                batch = next(batches)
-                inputs = {"labels": batch.codes}
-                if is_contextual:
-                    mask = masks[rows].to(accelerator.device).view(-1, config.height, config.width, 1)
-                    inputs["codes"] = batch.codes.masked_fill(mask, transformer.mask_token_id)
-                if condition_name is not None:
-                    inputs[condition_name] = batch.condition
-                    if args.condition_dropout > 0:
-                        drop = dropped[rows].to(accelerator.device).view(-1, *[1] * (batch.condition.ndim - 1))
-                        inputs[condition_name] = batch.condition.masked_fill(drop, transformer.null_condition_id)
+                batch, own = next(batches), draws.part(first, args.train_batch_size)
                 with accelerator.accumulate(model):
-                    out = model(**inputs)
-                    image_loss, text_loss = out.image_loss, out.text_loss
-                    # The logits, which accelerate has copied to float32, would stay through the backward.
-                    del out
-                    # Averaging the means of the parts as they are would favour the codes in parts that have few. (The
-                    # counts are on the host: no waiting for the device.)
-                    loss = image_loss = image_loss * (masks[rows].sum().item() / num_masked * num_parts)
-                    parts = {"image_loss": image_loss}
-                    if text_loss is not None:
-                        text_loss = text_loss * ((~dropped[rows]).sum().item() / num_texts * num_parts)
-                        loss = (1 - config.text_loss_weight) * image_loss + config.text_loss_weight * text_loss
-                        parts["text_loss"] = text_loss
-                    accelerator.backward(loss)
-                for name, value in {"loss": loss, **parts}.items():
+                    parts = losses_of(model, transformer, batch, condition_name, own, draws, num_parts)
+                    accelerator.backward(parts["loss"])
+                for name, value in parts.items():
                     losses[name] += value.detach() / args.gradient_accumulation_steps
             place = batch.place or place
 
@@ -541,6 +511,49 @@ def train(
     log.close()
     accelerator.wait_for_everyone()
     return not interrupted
+
+
+def losses_of(
+    model: torch.nn.Module,
+    transformer: torch.nn.Module,
+    batch: Batch,
+    condition_name: str | None,
+    own: Draws,
+    whole: Draws,
+    num_parts: int,
+) -> dict[str, torch.Tensor]:
+    """The losses of a micro-batch, as its share of those of the whole batch; `loss` is to be descended.
+
+    Averaging the means of the parts as they are would favour the codes in parts that have few. (The counts are on the
+    host: no waiting for the device.)
+
+    Args:
+        model: `transformer` as it trains, wrapped.
+        own, whole ([`Draws`]): Of this micro-batch and of the batch.
+        num_parts (`int`): Parts that a batch comes in, processes times micro-batches.
+
+    Returns:
+        `loss`, `image_loss` and, with text, `text_loss`; scalars. The logits are gone, which would stay through the
+        backward as well, copied to float32 by accelerate.
+    """
+    inputs = {"labels": batch.codes}
+    if isinstance(transformer, ContextualRQTransformerModel):
+        mask = own.masks.to(batch.codes.device).view(*batch.codes.shape[:3], 1)
+        inputs["codes"] = batch.codes.masked_fill(mask, transformer.mask_token_id)
+    if condition_name is not None:
+        inputs[condition_name] = batch.condition
+        if own.dropped.any():
+            dropped = own.dropped.to(batch.codes.device).view(-1, *[1] * (batch.condition.ndim - 1))
+            inputs[condition_name] = batch.condition.masked_fill(dropped, transformer.null_condition_id)
+    out = model(**inputs)
+    loss = image_loss = out.image_loss * (own.masks.sum().item() / whole.masks.sum().item() * num_parts)
+    if out.text_loss is None:
+        return {"loss": loss, "image_loss": image_loss}
+    num_texts = max(1, (~whole.dropped).sum().item())
+    text_loss = out.text_loss * ((~own.dropped).sum().item() / num_texts * num_parts)
+    weight = transformer.config.text_loss_weight
+    loss = (1 - weight) * image_loss + weight * text_loss
+    return {"loss": loss, "image_loss": image_loss, "text_loss": text_loss}
 
 
 def reshard(model: torch.nn.Module) -> None:

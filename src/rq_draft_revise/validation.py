@@ -1,13 +1,11 @@
 """Looking at the second stage: the loss on held-out images, and images drawn from fixed random numbers."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 
 from .code_cache import codes_at
+from .contextual_rq_transformer import ContextualRQTransformerModel
 from .devices import sum_dtype
 from .masks import random_mask
 
@@ -31,15 +29,14 @@ class ValidationSet(NamedTuple):
 
 @torch.no_grad()
 def validation_loss(
-    model: Callable,
-    mask_token_id: int,
+    model: torch.nn.Module,
     condition_name: str | None,
     validation_set: ValidationSet,
     batch_size: int,
     accelerator: "Accelerator",
     bins: int = 4,
 ) -> dict[str, float | list[float]]:
-    """Losses of the Contextual RQ-Transformer over given images, with masks that are the same at every call.
+    """Losses over given images, of the Contextual RQ-Transformer with masks that are the same at every call.
 
     Every process calls it and runs `model` equally often, which a sharded model needs.
 
@@ -56,6 +53,9 @@ def validation_loss(
     """
     height, width = validation_set.codes.shape[1:3]
     masks = random_mask(len(validation_set.codes), height * width, torch.Generator().manual_seed(0))
+    is_contextual = isinstance(model, ContextualRQTransformerModel)
+    if not is_contextual:  # the baseline's loss is over all codes
+        masks = torch.ones_like(masks)
     num_masked = masks.sum(1)
     bin_of_image = (num_masked * bins - 1) // (height * width)  # ceil(ratio * bins) - 1
     chunks = [(bin_of_image == b).nonzero()[:, 0] for b in range(bins)]
@@ -68,12 +68,11 @@ def validation_loss(
             if len(own) == 0:
                 continue
             labels = codes_at(validation_set.codes, own).to(accelerator.device)
-            mask = masks[own].view(-1, height, width, 1).to(accelerator.device)
-            out = model(
-                labels.masked_fill(mask, mask_token_id),
-                labels=labels,
-                **_condition(condition_name, validation_set, own, accelerator),
-            )
+            inputs = {"labels": labels, **_condition(condition_name, validation_set, own, accelerator)}
+            if is_contextual:
+                mask = masks[own].view(-1, height, width, 1).to(accelerator.device)
+                inputs["codes"] = labels.masked_fill(mask, model.mask_token_id)
+            out = model(**inputs)
             masked = num_masked[own].sum().item() if weight else 0
             text_loss = 0.0 if out.text_loss is None else out.text_loss.item()
             sums[b] += sums.new_tensor([out.image_loss.item() * masked, text_loss * weight, masked, weight])
@@ -82,31 +81,9 @@ def validation_loss(
     losses = {"image_loss": image / masked}
     if condition_name == "input_ids":
         losses["text_loss"] = text / count
-    losses["image_loss_by_ratio"] = [row[0] / row[2] if row[2] else None for row in by_bin]
+    if is_contextual:
+        losses["image_loss_by_ratio"] = [row[0] / row[2] if row[2] else None for row in by_bin]
     return losses
-
-
-@torch.no_grad()
-def autoregressive_loss(
-    model: Callable,
-    condition_name: str | None,
-    validation_set: ValidationSet,
-    batch_size: int,
-    accelerator: "Accelerator",
-) -> dict[str, float]:
-    """As [`validation_loss`] of the baseline, whose image loss is over all codes and has no masks."""
-    rows = torch.arange(len(validation_set.codes))
-    sums = torch.zeros(3, dtype=sum_dtype(accelerator.device), device=accelerator.device)
-    for batch in rows.split(batch_size * accelerator.num_processes):
-        own = batch[accelerator.process_index :: accelerator.num_processes]
-        weight = len(own)
-        own = own if weight else batch[:1]
-        labels = codes_at(validation_set.codes, own).to(accelerator.device)
-        out = model(labels=labels, **_condition(condition_name, validation_set, own, accelerator))
-        text_loss = 0.0 if out.text_loss is None else out.text_loss.item()
-        sums += sums.new_tensor([out.image_loss.item() * weight, text_loss * weight, weight])
-    image, text, count = accelerator.reduce(sums).tolist()
-    return {"image_loss": image / count} | ({"text_loss": text / count} if condition_name == "input_ids" else {})
 
 
 def _condition(name: str | None, validation_set: ValidationSet, rows: torch.Tensor, accelerator) -> dict:
@@ -116,8 +93,8 @@ def _condition(name: str | None, validation_set: ValidationSet, rows: torch.Tens
 @torch.no_grad()
 def sample_images(
     pipeline: "DiffusionPipeline", condition: dict[str, list], num_images: int, accelerator: "Accelerator"
-) -> np.ndarray:
-    """Images `(num_images, H, W, 3)` in [0, 1], each from a generator of its own seeded by its number.
+) -> torch.Tensor:
+    """Images `(num_images, 3, H, W)` in [0, 1], each from a generator of its own seeded by its number.
 
     Every process draws its share, all equally often; the result is complete in each.
 
@@ -134,16 +111,4 @@ def sample_images(
         output_type="pt",
     ).images  # (share, 3, H, W)
     images = accelerator.gather(images.float().contiguous().to(accelerator.device))[:num_images]
-    return images.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def save_grid(images: np.ndarray, path, columns: int | None = None) -> None:
-    """Write a PNG of images `(n, H, W, 3)` in [0, 1], row by row; by default about as many columns as rows."""
-    columns = columns or int(np.ceil(np.sqrt(len(images))))
-    num_rows = -(-len(images) // columns)
-    _, height, width, _ = images.shape
-    grid = np.zeros((num_rows * height, columns * width, 3), dtype=np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * height, i % columns * width
-        grid[top : top + height, left : left + width] = (image.clip(0, 1) * 255).round()
-    Image.fromarray(grid).save(path)
+    return images.cpu()
