@@ -44,7 +44,7 @@ from tqdm.auto import tqdm
 from rq_draft_revise import RQVAEModel
 from rq_draft_revise.batches import drawn_images, streamed_images
 from rq_draft_revise.budget import Budget, learning_rate_at, warmup_at
-from rq_draft_revise.checkpoints import LogWindow, TrainingLog, save_checkpoint
+from rq_draft_revise.checkpoints import save_checkpoint
 from rq_draft_revise.data import (
     CODES_COLUMN,
     SkippedRows,
@@ -83,6 +83,7 @@ from rq_draft_revise.training import (
     open_output,
     run_length,
 )
+from rq_draft_revise.training_log import LogWindow, TrainingLog
 
 
 def parse_args(argv=None):

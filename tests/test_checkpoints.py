@@ -14,14 +14,14 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
 from kill_test import free_port, prepare_processes
 
-from rq_draft_revise import checkpoints
+from rq_draft_revise import checkpoints, training_log
 from rq_draft_revise.checkpoints import (
-    LogWindow,
     checkpoints_in,
     load_checkpoint,
     save_checkpoint,
     verify_checkpoint,
 )
+from rq_draft_revise.training_log import LogWindow
 
 
 ARGUMENTS = {"learning_rate": 1e-3, "data_files": ["a.parquet"], "output_dir": Path("runs/one"), "max_train_steps": 9}
@@ -388,7 +388,7 @@ def test_other_data_are_refused_and_what_one_of_both_does_not_know_is_let_pass(t
 
 def test_a_window_of_the_log_goes_on_where_it_was(monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(training_log.time, "monotonic", lambda: clock[0])
     accelerator = Accelerator()
     values = [torch.rand(2, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     whole = LogWindow(accelerator)

@@ -8,7 +8,7 @@ from claimed_device import DEVICE, ClaimedTensor, claimed_device
 from components import CONDITIONS, tiny_pipeline, tiny_rq_pipeline, tiny_vae
 
 from rq_draft_revise import DraftAndReviseInpaintPipeline
-from rq_draft_revise.checkpoints import LogWindow
+from rq_draft_revise.training_log import LogWindow
 
 
 CALLS = {

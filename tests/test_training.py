@@ -44,8 +44,9 @@ from rq_draft_revise import (
     training,
 )
 from rq_draft_revise.budget import Budget, learning_rate_at
-from rq_draft_revise.checkpoints import TrainingLog, checkpoints_in
+from rq_draft_revise.checkpoints import checkpoints_in
 from rq_draft_revise.data import load_split
+from rq_draft_revise.training_log import TrainingLog
 
 
 SCRIPTS = {"train_cc3m": train_cc3m, "train_imagenet": train_imagenet, "encode_dataset": encode_dataset}

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .batches import Batch
 from .budget import Budget, learning_rate_at
-from .checkpoints import LogWindow, TrainingLog, load_checkpoint, save_checkpoint
+from .checkpoints import load_checkpoint, save_checkpoint
 from .contextual_rq_transformer import ContextualRQTransformerModel
 from .data import SkippedRows
 from .divergence import NonFiniteGuard
@@ -30,6 +30,7 @@ from .rq_transformer import RQTransformerModel
 from .rqvae import RQVAEModel
 from .scheduling_draft_and_revise import DraftAndReviseScheduler
 from .splits import BatchSource
+from .training_log import LogWindow, TrainingLog
 from .validation import ValidationSet, sample_images, validation_loss
 
 
