@@ -4,7 +4,6 @@ Or from an image to its revision, where the draft is left out.
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -13,10 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from .arguments import (
     check_kind,
     check_phases,
-    check_predictions,
     check_run,
     count_matched,
-    next_latents,
     tensor_inputs_of,
 )
 from .conditions import (
@@ -278,16 +275,6 @@ class DraftAndRevisePipeline(DraftAndReviseMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             callback_on_step_end=callback_on_step_end,
         )
-        defaults = self.scheduler.config
-        temperature = defaults.temperature if temperature is None else temperature
-        draft_temperature = defaults.draft_temperature if draft_temperature is None else draft_temperature
-        top_k = defaults.top_k if top_k is None else top_k
-        top_p = defaults.top_p if top_p is None else top_p
-        self._guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        self._draft_guidance_scale = (
-            defaults.draft_guidance_scale if draft_guidance_scale is None else draft_guidance_scale
-        )
-        self._interrupt = False
 
         # 1. What to start from, and what to do
         batch_size = self.count_images(prompt, class_labels, num_images_per_prompt, latents, image)
@@ -295,55 +282,28 @@ class DraftAndRevisePipeline(DraftAndReviseMixin, DiffusionPipeline):
         latents = self.prepare_latents(batch_size, latents, pixels)  # (B, h, w, D)
         self.prepare_steps(latents, num_inference_steps, num_revise_steps, num_revisions, selection)
         self.scheduler.set_partitions(latents, self.transformer.mask_token_id, generator)
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
 
-        # 2. The condition, once for all steps
-        conditional = self.transformer.prefix_length > 0
-        guided = conditional and (self.guidance_scale != 1 or self.draft_guidance_scale != 1)
+        # 2. Draft, then revise
         num_conditions = count_conditions(prompt, class_labels, self.config.id2label) or 1
-        condition = (prompt, class_labels, batch_size // num_conditions, negative_prompt)
-        prefix = self.encode_condition(*condition, do_classifier_free_guidance=guided)
+        latents = self.draft_and_revise(
+            latents,
+            condition=dict(
+                prompt=prompt,
+                class_labels=class_labels,
+                num_images_per_prompt=batch_size // num_conditions,
+                negative_prompt=negative_prompt,
+            ),
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            draft_guidance_scale=draft_guidance_scale,
+            draft_temperature=draft_temperature,
+            top_k=top_k,
+            top_p=top_p,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
 
-        # 3. Draft, then revise
-        device = latents.device
-        # numbers as tensors, which a compiled step takes without recompiling; each sent to the device once
-        scalar = cache(lambda value: torch.tensor(float(value), device=device))
-
-        output = None
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, timestep in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                draft = self.scheduler.is_draft(timestep)
-                scale = self.draft_guidance_scale if draft else self.guidance_scale
-                guided = conditional and scale != 1
-                if guided and prefix.shape[2] == batch_size:  # a callback has just turned guidance on
-                    prefix = self.encode_condition(*condition, do_classifier_free_guidance=True)
-
-                step = self.scheduler.get_step_input(latents, timestep)
-                output = self.transformer(
-                    step.codes,
-                    step.positions,
-                    step.uniforms,
-                    prefix_key_values=prefix if guided or not conditional else prefix[:, :, :batch_size],
-                    guidance_scale=scalar(scale) if guided else None,
-                    temperature=scalar(draft_temperature if draft else temperature),
-                    top_k=top_k,
-                    top_p=top_p,
-                )
-                latents = self.scheduler.step((output.stacks, output.log_probs), timestep, latents).prev_sample
-
-                if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    callback_outputs = callback_on_step_end(self, i, timestep, callback_kwargs) or {}
-                    latents = next_latents(callback_outputs, latents, self.transformer.config)
-                progress_bar.update()
-        check_predictions(output, self.transformer.dtype)
-
-        # 4. Decode
+        # 3. Decode
         images = self.decode_latents(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -1,11 +1,14 @@
 """What the pipelines share: their components, their condition, and the way between codes and images."""
 
+from collections.abc import Callable, Sequence
+from functools import cache
+
 import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from .arguments import check_kind
+from .arguments import check_kind, check_predictions, next_latents
 from .conditions import condition_ids, integer_labels, names_to_ids, recorded_tokenizer
 from .images import Images, check_same_codebook, decode_codes, prepare_pixels
 from .lora import TransformerLoraMixin
@@ -127,3 +130,81 @@ class DraftAndReviseMixin(CodePipelineMixin):
         prefix = self.transformer(**condition).prefix_key_values
         # always a copy: a CUDA graph of the transformer's call writes its results to the same memory each time
         return prefix.repeat_interleave(num_images_per_prompt, dim=2)
+
+    def draft_and_revise(
+        self,
+        latents: torch.Tensor,
+        condition: dict,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        draft_guidance_scale: float | None = None,
+        draft_temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> torch.Tensor:
+        """Take all steps of the scheduler, which has its timesteps and partitions: the draft, then the revisions.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, height, width, code_depth)`, int64): The code map that the
+                partitions were made for.
+            condition (`dict`): Arguments of [`encode_condition`].
+            guidance_scale, temperature, draft_guidance_scale, draft_temperature, top_k, top_p, callback_on_step_end,
+                callback_on_step_end_tensor_inputs: As in the call.
+
+        Returns:
+            The code map after the last step, `(batch_size, height, width, code_depth)`.
+        """
+        given = dict(
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            draft_guidance_scale=draft_guidance_scale,
+            draft_temperature=draft_temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        sampler = {name: self.scheduler.config[name] if value is None else value for name, value in given.items()}
+        self._guidance_scale, self._draft_guidance_scale = sampler["guidance_scale"], sampler["draft_guidance_scale"]
+        timesteps, self._interrupt = self.scheduler.timesteps, False
+        self._num_timesteps = len(timesteps)
+
+        # the condition, once for all steps
+        batch_size, device = latents.shape[0], latents.device
+        conditional = self.transformer.prefix_length > 0
+        guided = conditional and (self.guidance_scale != 1 or self.draft_guidance_scale != 1)
+        prefix = self.encode_condition(**condition, do_classifier_free_guidance=guided)
+        # numbers as tensors, which a compiled step takes without recompiling; each sent to the device once
+        scalar = cache(lambda value: torch.tensor(float(value), device=device))
+
+        output = None
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                draft = self.scheduler.is_draft(timestep)
+                scale = self.draft_guidance_scale if draft else self.guidance_scale
+                guided = conditional and scale != 1
+                if guided and prefix.shape[2] == batch_size:  # a callback has just turned guidance on
+                    prefix = self.encode_condition(**condition, do_classifier_free_guidance=True)
+
+                step = self.scheduler.get_step_input(latents, timestep)
+                output = self.transformer(
+                    step.codes,
+                    step.positions,
+                    step.uniforms,
+                    prefix_key_values=prefix if guided or not conditional else prefix[:, :, :batch_size],
+                    guidance_scale=scalar(scale) if guided else None,
+                    temperature=scalar(sampler["draft_temperature" if draft else "temperature"]),
+                    top_k=sampler["top_k"],
+                    top_p=sampler["top_p"],
+                )
+                latents = self.scheduler.step((output.stacks, output.log_probs), timestep, latents).prev_sample
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {name: latents for name in callback_on_step_end_tensor_inputs}  # the only input
+                    callback_outputs = callback_on_step_end(self, i, timestep, callback_kwargs) or {}
+                    latents = next_latents(callback_outputs, latents, self.transformer.config)
+                progress_bar.update()
+        check_predictions(output, self.transformer.dtype)
+        return latents
