@@ -23,7 +23,7 @@ from functools import partial
 
 from transformers import AutoTokenizer
 
-from rq_draft_revise.data import SkippedRows, input_ids_of, is_empty
+from rq_draft_revise.data import SkippedRows, describe_captions, input_ids_of, is_empty
 from rq_draft_revise.flags import (
     FlagHelp,
     add_data_flags,
@@ -39,7 +39,9 @@ from rq_draft_revise.splits import load_splits, training_batches, validation_set
 from rq_draft_revise.training import (
     check_condition_dropout,
     check_resolution,
+    default_pipeline,
     has_file,
+    is_trained,
     load_models,
     load_pipeline,
     make_accelerator,
@@ -81,26 +83,36 @@ def parse_args(argv=None):
 
     args = parser.parse_args(argv)
     if args.pretrained_model_name_or_path is None:
-        args.pretrained_model_name_or_path = PIPELINES[args.model]
+        args.pretrained_model_name_or_path = default_pipeline(PIPELINES[args.model])
     if args.dataset_name is None and args.train_data_dir is None and args.data_files is None:
         args.dataset_name, args.image_column, args.caption_column = "pixparse/cc3m-wds", "jpg", "txt"
     check_flags(args)
+    if args.validation_prompts is not None and any(is_empty(prompt) for prompt in args.validation_prompts):
+        raise ValueError(f"--validation_prompts must be texts, got {args.validation_prompts}.")
     if args.validation_prompts is not None and args.num_validation_images:
         args.num_validation_images = len(args.validation_prompts)
     return args
 
 
 def load_tokenizer(args, config):
-    """The tokenizer of the captions."""
-    pipeline = args.pretrained_model_name_or_path
-    if args.tokenizer is not None:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    elif has_file(pipeline, "tokenizer", "*.json"):
-        tokenizer = AutoTokenizer.from_pretrained(pipeline, subfolder="tokenizer")
-    else:
+    """The tokenizer of the captions.
+
+    Raises:
+        `ValueError`: there is none, it has too many tokens, or the transformer was trained with another.
+    """
+    pipeline, own = args.pretrained_model_name_or_path, None
+    if has_file(pipeline, "tokenizer", "*.json"):
+        own = AutoTokenizer.from_pretrained(pipeline, subfolder="tokenizer")
+    tokenizer = own if args.tokenizer is None else AutoTokenizer.from_pretrained(args.tokenizer)
+    if tokenizer is None:
         raise ValueError(
             f"--tokenizer must name a tokenizer, because {pipeline}/tokenizer does not have one: "
             "examples/train_tokenizer.py trains it."
+        )
+    if own is not None and is_trained(args) and tokenizer.get_vocab() != own.get_vocab():
+        raise ValueError(
+            f"--tokenizer must have the vocabulary that the transformer of {pipeline} was trained with, got "
+            f"{args.tokenizer}. `--transformer_config {pipeline}/transformer` starts one like it from scratch."
         )
     if len(tokenizer) > config.text_vocab_size:
         raise ValueError(
@@ -143,6 +155,8 @@ def main(args):
         text_vocab_size=config.text_vocab_size,
     )
     train_dataset, validation_datasets = load_splits(args, accelerator, args.caption_column, "caption_column")
+    if accelerator.is_main_process and not args.streaming:
+        describe_captions(train_dataset[args.caption_column][:10_000], tokenizer, config.max_text_length)
     data = (vae, config, args.caption_column, encode_captions)
     skipped = SkippedRows(f"split {args.train_split!r}")
     batches_from, num_images = training_batches(args, accelerator, train_dataset, *data, skipped)

@@ -21,7 +21,8 @@ import argparse
 import re
 from functools import partial
 
-from rq_draft_revise.data import SkippedRows, class_labels_of
+from rq_draft_revise.conditions import integer_labels
+from rq_draft_revise.data import SkippedRows, class_labels_of, matched_classes
 from rq_draft_revise.flags import (
     FlagHelp,
     add_data_flags,
@@ -37,6 +38,8 @@ from rq_draft_revise.splits import load_splits, training_batches, validation_set
 from rq_draft_revise.training import (
     check_condition_dropout,
     check_resolution,
+    default_pipeline,
+    is_trained,
     load_models,
     load_pipeline,
     make_accelerator,
@@ -73,7 +76,7 @@ def parse_args(argv=None):
 
     args = parser.parse_args(argv)
     if args.pretrained_model_name_or_path is None:
-        args.pretrained_model_name_or_path = PIPELINES[args.model]
+        args.pretrained_model_name_or_path = default_pipeline(PIPELINES[args.model])
     if args.dataset_name is None and args.train_data_dir is None and args.data_files is None:
         args.dataset_name = "ILSVRC/imagenet-1k"
     check_flags(args)
@@ -82,7 +85,7 @@ def parse_args(argv=None):
 
 def class_names(args, dataset, num_classes):
     """The names of the classes by number, for prompts in words: the data set's, or those of the flags' pipeline."""
-    known = pipeline_config(args).get("id2label")
+    known = integer_labels(pipeline_config(args).get("id2label"))
     # The names of the data set go first, also where they are fewer: they are those of the labels that are learned.
     names = getattr((dataset.features or {}).get(args.label_column), "names", None)
     if names is None:
@@ -107,9 +110,13 @@ def main(args):
 
     # 2. Data
     label_column = args.label_column if config.num_classes is not None else None
-    encode_labels = partial(class_labels_of, num_classes=config.num_classes)
     train_dataset, validation_datasets = load_splits(args, accelerator, label_column, "label_column")
     id2label = class_names(args, train_dataset, config.num_classes)
+    known, class_ids = integer_labels(pipeline_config(args).get("id2label")), None
+    if is_trained(args) and id2label != known:
+        class_ids = matched_classes(train_dataset, args.label_column, known, accelerator.print)
+        id2label = known if class_ids is not None else id2label
+    encode_labels = partial(class_labels_of, num_classes=config.num_classes, class_ids=class_ids)
     pipeline = load_pipeline(args, vae, transformer, id2label=id2label)
     data = (vae, config, label_column, encode_labels)
     skipped = SkippedRows(f"split {args.train_split!r}")

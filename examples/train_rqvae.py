@@ -26,8 +26,8 @@ Images are read like those of the second stage: prepared first, or streamed whil
         --random_flip --random_crop --max_train_steps 180000 --output_dir runs/cc3m-vae
 
 Into `output_dir` the script writes `train_log.jsonl` (the curves of a model card), `checkpoint-<step>/` folders to
-resume from, grids of reconstructions, and at the end the averaged weights in diffusers' format. SIGTERM makes it write
-a checkpoint and end.
+resume from, grids of reconstructions, and at the end the averaged weights in diffusers' format. SIGTERM or Ctrl-C makes it
+write a checkpoint and end.
 """
 
 import argparse
@@ -168,6 +168,8 @@ def parse_args(argv=None):
     group.add_argument("--checkpointing_steps", type=int, default=1000, help="Steps between two checkpoints.")
     group.add_argument("--checkpoints_total_limit", type=int, help="Keep so many, the newest. Default: all.")
     group.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' for the newest, if any.")
+    group.add_argument("--overwrite_output_dir", action="store_true",
+                       help="Begin anew where a run is; its checkpoints are deleted.")  # fmt: skip
     group.add_argument("--report_to", help="tensorboard, wandb, trackio or another tracker of accelerate's, or 'all', "
                        "besides the JSON lines.")  # fmt: skip
     group.add_argument("--push_to_hub", action="store_true", help="Upload the model, its log and a grid at the end.")

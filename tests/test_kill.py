@@ -184,10 +184,13 @@ def test_a_process_that_dies_before_it_opens_its_output_is_told_by_its_exit_code
 def test_a_signal_is_a_question_inside_and_what_it_was_outside():
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     for number in STOP_SIGNALS:
-        with StopSignal(SimpleNamespace(num_processes=1)) as stop:
+        with StopSignal(SimpleNamespace(num_processes=1, print=print)) as stop:
             assert not stop.requested()
             signal.raise_signal(number)
             assert stop.requested() and stop.requested()
+            if number == signal.SIGINT:
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(number)
         assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
     with contextlib.suppress(ZeroDivisionError), StopSignal(SimpleNamespace(num_processes=1)):
         raise ZeroDivisionError

@@ -97,7 +97,8 @@ def flags_of(script: str, problem: Path, **flags) -> list[str]:
     argv = []
     for name, value in {**common, **flags}.items():
         if value is not None:
-            argv += [f"--{name}"] if value is True else [f"--{name}", *(str(value).split())]
+            values = map(str, value) if isinstance(value, tuple) else str(value).split()
+            argv += [f"--{name}"] if value is True else [f"--{name}", *values]
     return argv
 
 
@@ -426,9 +427,9 @@ def test_data_that_make_the_run_longer_are_refused_where_epochs_are_its_length(p
 
 def test_a_run_that_ends_within_its_warm_up_says_so(problem, tmp_path, capsys):
     flags = dict(train_batch_size=4, max_train_steps=2, validation_split="none")
-    train("train_imagenet", problem, tmp_path, lr_warmup_steps=2, **flags)
-    assert "Warning" not in capsys.readouterr().out
-    train("train_imagenet", problem, tmp_path, lr_warmup_steps=3, **flags)
+    train("train_imagenet", problem, tmp_path / "2", lr_warmup_steps=2, **flags)
+    assert "within its warm-up" not in capsys.readouterr().out
+    train("train_imagenet", problem, tmp_path / "3", lr_warmup_steps=3, **flags)
     assert "Warning: the run ended within its warm-up" in capsys.readouterr().out
 
 
@@ -800,6 +801,7 @@ def test_pushing_makes_the_repository_first_and_leaves_checkpoints_out(problem, 
         "train_imagenet", problem, tmp_path / "tiny", train_batch_size=4, max_train_steps=1, checkpointing_steps=1,
         push_to_hub=True, cache_codes=True, validation_split="none",
     )  # fmt: skip
+    assert 'from_pretrained("someone/tiny")' in (tmp_path / "tiny" / "README.md").read_text()
     (created, uploaded) = calls
     assert created == ("create", "tiny", False)
     assert uploaded[:2] == ("upload", "someone/tiny")
@@ -868,6 +870,7 @@ def test_flags_that_exclude_each_other_are_refused(flags, named, problem):
         ("train_imagenet", {"label_column": "kind"}, "label_column.*got 'kind'"),
         ("train_imagenet", {"label_column": "text"}, "--label_column.*got 'a cat"),
         ("train_cc3m", {"resolution": 16}, "resolution.*got 16"),
+        ("train_cc3m", {"validation_prompts": ("a", "")}, r"--validation_prompts must be texts, got \['a', ''\]"),
         ("train_cc3m", {"resolution": 0}, "--resolution must be 8.*got 0"),
         ("train_cc3m", {"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint.*got.*nowhere"),
         ("train_cc3m", {"attention_backend": "fastest"}, "fastest"),
@@ -886,6 +889,75 @@ def test_a_flag_that_does_not_fit_the_data_or_the_model_is_refused_by_name(scrip
     with pytest.raises(ValueError, match=message):
         train(script, problem, tmp_path, **{"max_train_steps": 1, **flags})
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_another_run_is_not_written_over_unless_that_is_asked_for(problem, tmp_path):
+    flags = dict(train_batch_size=4, max_train_steps=2, checkpointing_steps=1, validation_split="none")
+    expected = train("train_imagenet", problem, tmp_path, **flags)
+    with pytest.raises(ValueError, match="--output_dir must not hold another run.*--overwrite_output_dir"):
+        train("train_imagenet", problem, tmp_path, **flags)
+    forget_accelerator()
+    assert read_log(tmp_path) == expected and len(checkpoints_in(tmp_path)) == 2
+    flags |= dict(max_train_steps=1, overwrite_output_dir=True)
+    assert len(train("train_imagenet", problem, tmp_path, **flags)) == 1
+    assert [folder.name for folder in checkpoints_in(tmp_path)] == ["checkpoint-1"]
+
+
+def test_the_classes_of_a_trained_pipeline_are_found_by_name(problem, tmp_path, capsys):
+    """Folders are numbered by the alphabet, whatever the pipeline has learned."""
+    trained = DraftAndRevisePipeline.from_pretrained(problem / "train_imagenet")
+    names = ["night", "dusk", "rocket", "snow, white stuff", "volcano"]
+    trained.register_to_config(id2label=dict(enumerate(names)))
+    trained.save_pretrained(tmp_path / "pipeline")
+    flags = dict(pretrained_model_name_or_path=tmp_path / "pipeline", train_batch_size=4, max_train_steps=1,
+                 validation_split="none", cache_codes=True)  # fmt: skip
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        conditions = train_imagenet.class_labels_of
+        patch.setattr(train_imagenet, "class_labels_of", lambda *a, **k: seen.append(conditions(*a, **k)) or seen[-1])
+        train("train_imagenet", problem, tmp_path / "run", **flags)
+    assert "'dusk' is class 1, 'snow' is class 3" in capsys.readouterr().out
+    ids = {label: i for label, i in enumerate([1, 3, 4, 2, 0])}  # of NAMES
+    assert torch.cat(seen).tolist() == [ids[i % NUM_CLASSES] for i in range(NUM_IMAGES)]
+    exported = DraftAndRevisePipeline.from_pretrained(tmp_path / "run")
+    assert exported.config.id2label == trained.config.id2label
+
+    train(
+        "train_imagenet", problem, tmp_path / "renamed", train_batch_size=4, max_train_steps=1, validation_split="none"
+    )
+    assert "other classes than the trained pipeline: 0 ('class 0, alias 0') is to be 'dusk'" in capsys.readouterr().out
+
+
+def test_captions_that_the_model_cannot_read_are_counted(problem, tmp_path, capsys):
+    captions = ["a cat at dusk"] * NUM_IMAGES
+    captions[3] = "a zebra at night"
+    captions[5] = "the cat the cat the cat the cat"
+    (tmp_path / "data").mkdir()
+    rows = datasets.Dataset.from_parquet(str(problem / "data" / "train-00000.parquet"))
+    rows.remove_columns("text").add_column("text", captions).to_parquet(tmp_path / "data" / "train.parquet")
+    train("train_cc3m", problem, tmp_path / "run", dataset_name=tmp_path / "data", train_batch_size=4,
+          max_train_steps=1, validation_split="none")  # fmt: skip
+    printed = capsys.readouterr().out
+    assert f"1 of {NUM_IMAGES} captions of which the model reads the first 6 tokens, such as 'the cat" in printed
+    assert f"1 of {NUM_IMAGES} captions with words that the tokenizer does not know" in printed
+    assert "such as 'a zebra at night'" in printed
+
+
+def test_a_tokenizer_is_not_exchanged_under_trained_weights(problem, tmp_path):
+    other = tiny_pipeline("text").tokenizer
+    other.add_tokens(["zebra"])
+    other.save_pretrained(tmp_path / "tokenizer")
+    flags = dict(tokenizer=tmp_path / "tokenizer", train_batch_size=4, max_train_steps=1, validation_split="none")
+    with pytest.raises(ValueError, match="--tokenizer must have the vocabulary.*--transformer_config"):
+        train("train_cc3m", problem, tmp_path / "run", **flags)
+
+
+def test_outside_of_the_repository_a_pipeline_must_be_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for script in SCRIPTS.values():
+        if script is not encode_dataset:
+            with pytest.raises(ValueError, match="--pretrained_model_name_or_path must be given where its default"):
+                script.parse_args([])
 
 
 @pytest.mark.parametrize("streaming", [None, True])
@@ -936,7 +1008,8 @@ def test_more_classes_than_the_transformer_has_are_refused(problem, tmp_path):
 
 
 def test_cached_codes_of_another_rqvae_or_other_images_are_not_reused(problem, tmp_path, capsys):
-    flags = dict(train_batch_size=8, max_train_steps=1, cache_codes=True, validation_split="none")
+    flags = dict(train_batch_size=8, max_train_steps=1, cache_codes=True, validation_split="none",
+                 overwrite_output_dir=True)  # fmt: skip
     path = tmp_path / "codes.safetensors"
     train("train_cc3m", problem, tmp_path, **flags)
     codes = load_file(path)["codes"]

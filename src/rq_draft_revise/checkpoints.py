@@ -34,6 +34,7 @@ MANIFEST, PROGRESS = "manifest.json", "progress.json"
 CHANGEABLE = frozenset(
     [
         "output_dir",
+        "overwrite_output_dir",
         "resume_from_checkpoint",
         "checkpointing_steps",
         "checkpoints_total_limit",

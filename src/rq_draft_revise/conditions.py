@@ -101,12 +101,18 @@ def class_ids(
     return ids
 
 
+def unknown_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that stands for words out of the vocabulary, if it has no other meaning (in CLIP's it is the end)."""
+    token = tokenizer.unk_token_id
+    return None if token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) else token
+
+
 def tokenize(
     prompt: str | list[str], tokenizer: PreTrainedTokenizerBase, max_text_length: int, text_vocab_size: int
 ) -> torch.Tensor:
     """Token ids `(number of prompts, max_text_length)`, padded and truncated to that length.
 
-    A prompt that is cut is logged as a warning.
+    A prompt that is cut, or has words that the tokenizer does not know, is logged as a warning.
 
     Raises:
         `ValueError`: a token of `text_vocab_size` or more, which the transformer does not know.
@@ -126,6 +132,8 @@ def tokenize(
             logger.warning(
                 f"`prompt` has {len(full)} tokens, of which the model reads the first {max_text_length}: {text!r}."
             )
+        if (unknown := unknown_token_id(tokenizer)) in full:
+            logger.warning(f"`prompt` has words that the tokenizer does not know, {full.count(unknown)} in {text!r}.")
     return ids
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .conditions import names_to_ids, unknown_token_id
 from .images import to_rgb, to_square
 from .interruption import ignore_stop_signals
 
@@ -317,19 +318,61 @@ def without_empty(dataset: "datasets.Dataset", column: str, skipped: SkippedRows
 # -------------------------------------------------------------------------------------------------------- conditions
 
 
-def class_labels_of(labels: list[int], num_classes: int) -> torch.Tensor:
+def class_labels_of(labels: list[int], num_classes: int, class_ids: list[int] | None = None) -> torch.Tensor:
     """Class labels to `(n,)` int64.
+
+    Args:
+        num_classes (`int`): Of the transformer.
+        class_ids (`list[int]`, *optional*): Which of them each label of the data stands for, of [`matched_classes`].
 
     Raises:
         `ValueError`: a label that is no integer in [0, num_classes), such as the null class.
     """
-    wrong = [label for label in labels if not isinstance(label, int) or not 0 <= label < num_classes]
+    allowed = num_classes if class_ids is None else len(class_ids)
+    wrong = [label for label in labels if not isinstance(label, int) or not 0 <= label < allowed]
     if wrong:
         raise ValueError(
-            f"--label_column must hold integers in [0, {num_classes - 1}], the classes of the transformer, got "
+            f"--label_column must hold integers in [0, {allowed - 1}], the classes of the transformer, got "
             f"{wrong[0]!r}."
         )
-    return torch.tensor(labels, dtype=torch.int64)
+    return torch.tensor(labels if class_ids is None else [class_ids[label] for label in labels], dtype=torch.int64)
+
+
+def matched_classes(
+    dataset: "datasets.Dataset | datasets.IterableDataset",
+    label_column: str,
+    id2label: dict[int, str] | None,
+    print: Callable[[str], None] = print,
+) -> list[int] | None:
+    """Which class of a trained pipeline each label of the data stands for, by their names.
+
+    Args:
+        id2label (`dict[int, str]`, *optional*): The pipeline's names.
+        print (`Callable`): Told where the numbers differ, and where the names do.
+
+    Returns:
+        A class for each label; None to take the labels as they are, if one of both has no names or a name of the data
+        is none of the pipeline's.
+    """
+    names = getattr((dataset.features or {}).get(label_column), "names", None)
+    if names is None or id2label is None:
+        return None
+    try:
+        class_ids = names_to_ids(list(names), id2label)
+    except ValueError:
+        renamed = [f"{label} ({id2label.get(label)!r}) is to be {name!r}" for label, name in enumerate(names)]
+        print(f"Warning: the data have other classes than the trained pipeline: {shortened(renamed)}.")
+        return None
+    moved = [f"{name!r} is class {i}" for label, (name, i) in enumerate(zip(names, class_ids)) if label != i]
+    if moved:
+        print(f"Classes are the trained pipeline's, by their names: {shortened(moved)}.")
+    return class_ids
+
+
+def shortened(items: list[str], shown: int = 5) -> str:
+    """The first of several, and how many more there are."""
+    more = len(items) - shown
+    return ", ".join(items[:shown]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def input_ids_of(
@@ -351,6 +394,23 @@ def input_ids_of(
             f"`tokenizer` must have tokens in [0, {text_vocab_size - 1}], those of the transformer, got {ids.max()}."
         )
     return torch.from_numpy(ids)
+
+
+def describe_captions(
+    captions: list[str], tokenizer: "PreTrainedTokenizerBase", max_text_length: int, shown: int = 10_000
+) -> None:
+    """Print how many captions, of the first `shown`, the model does not read as they are: cut ones, and those with
+    words that the tokenizer does not know."""
+    captions = [caption for caption in captions[:shown] if isinstance(caption, str)]
+    unknown, tokens = unknown_token_id(tokenizer), tokenizer(captions).input_ids if captions else []
+    cut = [caption for caption, ids in zip(captions, tokens) if len(ids) > max_text_length]
+    poor = [caption for caption, ids in zip(captions, tokens) if unknown in ids]
+    for some, what in (
+        (cut, f"of which the model reads the first {max_text_length} tokens"),
+        (poor, "with words that the tokenizer does not know, and reads as one and the same"),
+    ):
+        if some:
+            print(f"{len(some):,} of {len(captions):,} captions {what}, such as {some[0]!r}", flush=True)
 
 
 def input_ids_sha256(

@@ -247,6 +247,9 @@ def add_training_flags(parser: argparse.ArgumentParser, output_dir: str) -> None
     group.add_argument("--checkpointing_steps", type=int, default=1000, help="Steps between two checkpoints.")
     group.add_argument("--checkpoints_total_limit", type=int, help="Keep the newest. Default: all.")
     group.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' for the newest, if any.")
+    group.add_argument(
+        "--overwrite_output_dir", action="store_true", help="Begin anew where a run is; its checkpoints are deleted."
+    )
     group.add_argument("--report_to", help="tensorboard, wandb, trackio, ... or all, besides train_log.jsonl.")
     group.add_argument("--push_to_hub", action="store_true", help="Upload the pipeline and its log to the Hub.")
     group.add_argument("--hub_model_id", help="Repository to push to. Default: the name of --output_dir.")

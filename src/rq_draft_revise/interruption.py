@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-# SIGTERM is what clusters send before they pre-empt; SIGUSR1 what Slurm's `--signal=USR1@120` is commonly told to.
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# SIGTERM is what clusters send before they pre-empt; SIGUSR1 what Slurm's `--signal=USR1@120` is commonly told to;
+# SIGINT is Ctrl-C.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGUSR1 into a question that a training loop asks once an optimizer step.
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a question that a training loop asks once an optimizer step.
 
         with StopSignal(accelerator) as stop:
             while step < max_train_steps:
@@ -25,7 +26,7 @@ class StopSignal:
                     break
 
     While the context is open the signals do nothing but set a mark; on leaving it, what they did before is back.
-    Ctrl-C keeps its meaning. To be made and entered by every process, in its main thread.
+    But a second Ctrl-C ends the process at once. To be made and entered by every process, in its main thread.
 
     Args:
         accelerator: The run's.
@@ -33,7 +34,7 @@ class StopSignal:
 
     def __init__(self, accelerator: "Accelerator"):
         self._accelerator = accelerator
-        self._received = False
+        self._received = self._interrupted = False
         self._previous = {}
         self._group = None
         if accelerator.num_processes > 1 and torch.distributed.get_backend() != "gloo":
@@ -51,6 +52,11 @@ class StopSignal:
         self._previous = {}
 
     def _receive(self, number, frame) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            self._accelerator.print("Ctrl-C: stopping after this step, with a checkpoint. Once more stops at once.")
         self._received = True
 
     def requested(self) -> bool:

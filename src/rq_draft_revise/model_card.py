@@ -83,6 +83,8 @@ def model_card(
     """
     kind = component_kind(component)
     metadata = complete_metadata(component, card_data, base_model)
+    if base_model is not None and Path(base_model).is_absolute():
+        base_model = Path(base_model).name  # the rest of a path of this machine is of no use to others
     name = repo_id.rstrip("/").split("/")[-1]
     licence = metadata.license_name or metadata.license
     sections = [
@@ -133,7 +135,8 @@ def complete_metadata(
         if config.num_classes is not None:
             own_tags.append("class-conditional-image-generation")
     if base_model is not None:
-        metadata.base_model = metadata.base_model or base_model
+        if not Path(base_model).exists():  # the Hub refuses what is none of its repositories
+            metadata.base_model = metadata.base_model or base_model
         own_tags.append("lora")
     metadata.tags = list(dict.fromkeys([*(metadata.tags or []), *own_tags]))
     if metadata.eval_results:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .batches import Batch
 from .budget import Budget, learning_rate_at
-from .checkpoints import load_checkpoint, save_checkpoint
+from .checkpoints import checkpoints_in, load_checkpoint, save_checkpoint
 from .contextual_rq_transformer import ContextualRQTransformerModel
 from .data import SkippedRows
 from .divergence import NonFiniteGuard
@@ -72,11 +73,27 @@ def make_accelerator(args) -> Accelerator:
 
 
 def open_output(args, accelerator: Accelerator) -> str | None:
-    """Make the folder `output_dir` and, to be pushed to, the repository, whose id the main process gets."""
+    """Make the folder `output_dir` and, to be pushed to, the repository, whose id the main process gets.
+
+    Raises:
+        `ValueError`: there is a run in it, which this one neither resumes nor may overwrite.
+    """
     if not accelerator.is_main_process:
         return None
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    return create_repository(args)
+    output_dir = Path(args.output_dir)
+    if args.resume_from_checkpoint is None:
+        before = checkpoints_in(output_dir)
+        if (before or (output_dir / "train_log.jsonl").exists()) and not args.overwrite_output_dir:
+            raise ValueError(
+                f"--output_dir must not hold another run, got {output_dir}. --resume_from_checkpoint latest goes on "
+                "with it, --overwrite_output_dir begins anew and deletes its checkpoints."
+            )
+        for folder in before:
+            shutil.rmtree(folder)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    repo_id = create_repository(args)
+    args.hub_model_id = repo_id or args.hub_model_id  # which the card names
+    return repo_id
 
 
 def run_length(args, accelerator: Accelerator, num_images: int | None) -> tuple[int, int]:
@@ -116,6 +133,27 @@ def load_progress(
 def has_file(pipeline: str, subfolder: str, pattern: str) -> bool:
     """Whether a pipeline's component has such a file; a Hub id is taken to be a complete pipeline."""
     return not Path(pipeline).is_dir() or any((Path(pipeline) / subfolder).glob(pattern))
+
+
+def default_pipeline(name: str) -> str:
+    """`name`, the default of `--pretrained_model_name_or_path`.
+
+    Raises:
+        `ValueError`: it is not there, because the script does not run in a checkout of this repository.
+    """
+    if not Path(name).is_dir():
+        raise ValueError(
+            f"--pretrained_model_name_or_path must be given where its default, {name}, is not: it lies in a checkout "
+            "of this repository, from whose root the script finds it."
+        )
+    return name
+
+
+def is_trained(args) -> bool:
+    """Whether the transformer is loaded with weights, and does not begin from scratch."""
+    return args.transformer_config is None and has_file(
+        args.pretrained_model_name_or_path, "transformer", "*.safetensors*"
+    )
 
 
 def load_vae(pipeline: str, vae: str | None) -> RQVAEModel:
@@ -170,6 +208,13 @@ def load_models(args, accelerator: Accelerator):
                 f"The transformer of {place} was trained on the codes of another RQ-VAE than {args.vae or 'its own'}. "
                 f"`--transformer_config {place}` starts one like it from scratch."
             ) from error
+    needed, there = (tuple(book.shape) for book in (transformer.codebook, vae.quantizer.codebook))
+    if needed != there:
+        raise ValueError(
+            f"The transformer reads codes in a codebook of shape {needed}, and the RQ-VAE's has {there} (codebooks, "
+            "codes and the mask, dimensions). --transformer_config must name one that fits: codebook_size, "
+            "codebook_dim, shared_codebook."
+        )
     vae.requires_grad_(False).eval().to(accelerator.device)
     transformer.set_codebook(vae.quantizer.codebook)
     return vae, transformer
@@ -503,7 +548,8 @@ def train(
             f"{args.learning_rate:g} ({args.lr_scheduler}), weights averaged with decay {args.ema_decay:g}; "
             "`train_log.jsonl` has the curves."
         )
-        export(accelerator, model, ema, pipeline, args, training)
+        prompt = next(iter(sample_condition.get("prompt", [])), None)
+        export(accelerator, model, ema, pipeline, args, training, prompt)
         seconds = budget.elapsed()
         accelerator.print(
             f"Saved to {output_dir} after {step:,} steps, {images_seen:,} images, {seconds:,.0f} seconds; "
@@ -584,8 +630,20 @@ def gathered(place: tuple[int, int], accelerator: Accelerator) -> list[list[int]
     return accelerator.gather(torch.tensor([place], device=accelerator.device)).tolist()
 
 
-def export(accelerator: Accelerator, model, ema: EMAModel | None, pipeline: "DiffusionPipeline", args, training: str):
-    """Write the pipeline with whole weights, the averaged ones if there are, and its card. Every process calls it."""
+def export(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    ema: EMAModel | None,
+    pipeline: "DiffusionPipeline",
+    args,
+    training: str,
+    prompt: str | None = None,
+) -> None:
+    """Write the pipeline with whole weights, the averaged ones if there are, and its card. Every process calls it.
+
+    Args:
+        training (`str`), prompt (`str`, *optional*): For the card.
+    """
     if ema is not None:
         ema.copy_to(model.parameters())
     weights = accelerator.get_state_dict(model)  # gathers what is sharded
@@ -610,6 +668,7 @@ def export(accelerator: Accelerator, model, ema: EMAModel | None, pipeline: "Dif
             data=f"`{source}`, split `{args.train_split}`.",
             data_filtering=filtering,
             training=training,
+            prompt=prompt,
         )
         card.save(Path(args.output_dir) / "README.md")
     accelerator.wait_for_everyone()
