@@ -26,8 +26,8 @@ Images are read like those of the second stage: prepared first, or streamed whil
         --random_flip --random_crop --max_train_steps 180000 --output_dir runs/cc3m-vae
 
 Into `output_dir` the script writes `train_log.jsonl` (the curves of a model card), `checkpoint-<step>/` folders to
-resume from, grids of reconstructions, and at the end the averaged weights in diffusers' format. By SIGTERM or Ctrl-C it
-writes a checkpoint and ends.
+resume from, grids of reconstructions, and at the end the averaged weights in diffusers' format. At SIGTERM or Ctrl-C a
+checkpoint is written and the run ends.
 """
 
 import argparse
