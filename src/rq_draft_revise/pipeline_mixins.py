@@ -1,4 +1,5 @@
-"""What the pipelines share: their components, their condition, and the way between codes and images."""
+"""What the pipelines share: their components and condition, the way between codes and images, and the loop of
+Draft-and-Revise."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
