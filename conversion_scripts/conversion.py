@@ -113,11 +113,15 @@ def load_config(path: str | Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"`config_path` must be the checkpoint's config.yaml, got {str(path)!r}, which is no file.")
+        raise ValueError(
+            f"`config_path` must be the checkpoint's config.yaml, by default the one beside it, got {str(path)!r}, "
+            "which is no file."
+        )
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be YAML of plain values: {error}") from error
+        said = " ".join(str(error).split())  # the parser draws the place over several lines
+        raise ValueError(f"{path} must be YAML of plain values: {said}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must be a YAML mapping, got {type(config).__name__}.")
     return config

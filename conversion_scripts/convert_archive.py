@@ -23,7 +23,7 @@ from conversion import (
     written_aside,
 )
 from convert_rq_tokenizer import convert_tokenizer, original_tokenizer, tokenizer_config
-from convert_rq_transformer_to_diffusers import convert_rq_transformer, rq_transformer_config, rqvae_codebook
+from convert_rq_transformer_to_diffusers import convert_rq_transformer, rq_transformer_config
 from convert_rqvae_to_diffusers import convert_rqvae
 
 from rq_draft_revise import RQTransformerModel, RQTransformerPipeline, RQVAEModel
@@ -134,16 +134,18 @@ def find_stages(folder: Path) -> dict[str, Path]:
     """
     found = {"rq-vae": [], "rq-transformer": []}
     checkpoints = sorted(folder.rglob("*.pt"))
+    required = "The archive must hold one RQ-VAE and one RQ-Transformer, each a .pt with its config.yaml, got"
     for checkpoint in checkpoints:
-        kind = setting(load_config(checkpoint.with_name("config.yaml")), "arch.type")
+        config_path = checkpoint.with_name("config.yaml")
+        if not config_path.is_file():
+            raise ValueError(f"{required} {checkpoint.relative_to(folder)} without one.")
+        kind = setting(load_config(config_path), "arch.type")
         if kind not in found:
             raise ValueError(f"`arch.type` must be one of {', '.join(found)}, got {kind!r} beside {checkpoint.name}.")
         found[kind].append(checkpoint)
     if any(len(stages) != 1 for stages in found.values()):
         names = [str(path.relative_to(folder)) for path in checkpoints]
-        raise ValueError(
-            f"The archive must hold one RQ-VAE and one RQ-Transformer, each a .pt with its config.yaml, got {names}."
-        )
+        raise ValueError(f"{required} {names}.")
     return {kind: stages[0] for kind, stages in found.items()}
 
 
@@ -240,9 +242,7 @@ def convert_archive(
 
         weights = dict(dtype=DTYPES[dtype], max_shard_size=max_shard_size)
         convert_rqvae(rqvae, rqvae_path, folder / "vae", **weights)
-        component = convert_rq_transformer(
-            transformer, config_path, folder / "transformer", rqvae_codebook(rqvae), ema=ema, **weights
-        )
+        component = convert_rq_transformer(transformer, config_path, folder / "transformer", rqvae, ema=ema, **weights)
         if texts:
             convert_tokenizer(tokenizer_dir, config_path, folder / "tokenizer")
 

@@ -132,7 +132,7 @@ def rqvae_codebook(rqvae_path: Path) -> torch.Tensor:
     """The codebook `(num_codebooks, K + 1, dim)` of an RQ-VAE: its converted folder, or its checkpoint.
 
     Raises:
-        `ValueError`: it is neither, or its weights are not complete.
+        `ValueError`: it is neither, it has no config beside it, or its weights are not complete.
     """
     if rqvae_path.is_dir():
         component_config(RQVAEModel, rqvae_path)
@@ -143,8 +143,16 @@ def rqvae_codebook(rqvae_path: Path) -> torch.Tensor:
                 "`quantizer.codebook`."
             )
         return weights["quantizer.codebook"]
-    component = rqvae_component(derive_config(rqvae_config, rqvae_path.with_name("config.yaml")))
+    config_path = rqvae_path.with_name("config.yaml")
+    for path in (rqvae_path, config_path):
+        if not path.is_file():
+            raise ValueError(
+                "`rqvae_path` must be the RQ-VAE's converted folder, or its checkpoint with a config.yaml beside it, "
+                "by default ../stage1/model.pt, seen from the transformer's checkpoint, "
+                f"got {str(rqvae_path)!r}: there is no {path}."
+            )
     state_dict, _ = load_checkpoint(rqvae_path)
+    component = rqvae_component(derive_config(rqvae_config, config_path))
     component.check(state_dict)
     (link,) = (link for link in component.links if link.new == ("quantizer.codebook",))
     return link.change.to_new([state_dict[key] for key in link.old], [component.shapes["quantizer.codebook"]])[0]
@@ -154,16 +162,16 @@ def convert_rq_transformer(
     checkpoint_path: Path,
     config_path: Path,
     folder: Path,
-    codebook: torch.Tensor,
+    rqvae_path: Path,
     dtype: torch.dtype = torch.float32,
     ema: bool = False,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> Component:
-    """Write the `RQTransformerModel` of a checkpoint into `folder`. `codebook` is the RQ-VAE's."""
-    config = derive_config(rq_transformer_config, config_path)
-    component = rq_transformer_component(config | {"shared_codebook": codebook.shape[0] == 1})
+    """Write the `RQTransformerModel` of a checkpoint into `folder`. `rqvae_path` is of [`rqvae_codebook`]."""
     state_dict, left_out = load_checkpoint(checkpoint_path, ema)
-    state_dict[RQVAE_CODEBOOK] = codebook
+    config = derive_config(rq_transformer_config, config_path)
+    state_dict[RQVAE_CODEBOOK] = codebook = rqvae_codebook(rqvae_path)
+    component = rq_transformer_component(config | {"shared_codebook": codebook.shape[0] == 1})
     left_out |= component.check(state_dict)
     component.save(state_dict, folder, dtype, max_shard_size)
     report(component, folder, left_out)
@@ -193,10 +201,8 @@ def main(argv=None):
             if args.config_path:
                 shutil.copy(args.config_path, folder / "config.yaml")
         else:
-            rqvae_path = Path(args.rqvae_path or checkpoint.resolve().parents[1] / "stage1" / "model.pt")
-            convert_rq_transformer(
-                checkpoint, config_beside(args), folder, rqvae_codebook(rqvae_path), dtype, args.ema
-            )
+            rqvae_path = Path(args.rqvae_path or checkpoint.resolve().parent.parent / "stage1" / "model.pt")
+            convert_rq_transformer(checkpoint, config_beside(args), folder, rqvae_path, dtype, args.ema)
     print(f"Wrote {args.output_dir}")
 
 

@@ -172,8 +172,8 @@ def convert_rqvae(
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> Component:
     """Write the `RQVAEModel` of a checkpoint into `folder`."""
-    component = rqvae_component(derive_config(rqvae_config, config_path))
     state_dict, left_out = load_checkpoint(checkpoint_path, ema)
+    component = rqvae_component(derive_config(rqvae_config, config_path))
     left_out |= component.check(state_dict)
     warn_of_padding(state_dict)
     component.save(state_dict, folder, dtype, max_shard_size)

@@ -189,8 +189,8 @@ def convert_vqgan(
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
     """Write the `RQVAEModel` of a VQGAN, or the pipeline of a VQGAN with its transformer, into `folder`."""
-    model = derive_config(lambda config: setting(config, "model"), config_path)
     state_dict, left_out = load_checkpoint(checkpoint_path)
+    model = derive_config(lambda config: setting(config, "model"), config_path)
     if setting(model, "target") != "taming.models.cond_transformer.Net2NetTransformer":
         component = vqgan_component(derive_config(lambda config: vqgan_config(config["model"]), config_path))
         left_out |= component.check(state_dict)

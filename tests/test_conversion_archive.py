@@ -186,11 +186,13 @@ def test_incomplete_archives_are_refused(tmp_path):
     archive = pack(folder, tmp_path / "tiny.tar.gz")
     archive.write_bytes(archive.read_bytes()[:-5000])
     (tmp_path / "text.tar.gz").write_text("no archive")
+    (folder / "stage2" / "config.yaml").unlink()
     for source, message in (
         (archive, "must be a complete tar archive"),
         (tmp_path / "text.tar.gz", "must be a complete tar archive"),
         (tmp_path / "absent", "which is neither"),
         (folder / "stage1", "one RQ-VAE and one RQ-Transformer"),
+        (folder, "each a .pt with its config.yaml, got stage2/model.pt without one"),
     ):
         with pytest.raises(ValueError, match=message):
             convert_archive.main([str(source), str(tmp_path / "out")])
@@ -338,6 +340,10 @@ DAMAGES = {
     "config would run code": (
         lambda path: path.with_name("config.yaml").write_text("arch: !!python/object/apply:os.system ['touch evil']"),
         "must be YAML of plain values",
+    ),
+    "config is no YAML": (
+        lambda path: path.with_name("config.yaml").write_text("a: [1"),
+        r"stage1/config.yaml must be YAML of plain values: .* line 1, .* expected ',' or '\]'.*$",  # of one line
     ),
     "config is a list": (lambda path: path.with_name("config.yaml").write_text("- 1"), "must be a YAML mapping"),
     "config is binary": (lambda path: path.with_name("config.yaml").write_bytes(b"\xff\xfe\x00"), "must be YAML"),
@@ -499,10 +505,20 @@ def test_rqvae_of_the_transformer_must_be_found(tmp_path):
     folder = write_stages(tmp_path / "archive", **CLASS)
     arguments = ["--checkpoint_path", str(folder / "stage2" / "model.pt"), "--output_dir", str(tmp_path / "out")]
     rq_transformer_script.main(arguments)  # ../stage1 by default
-    (folder / "stage1" / "model.pt").unlink()
-    with pytest.raises(ValueError, match="stage1/model.pt"):
-        rq_transformer_script.main([*arguments[:-1], str(tmp_path / "other")])
+    for name in ("config.yaml", "model.pt"):
+        (folder / "stage1" / name).unlink()
+        with pytest.raises(ValueError, match=rf"`rqvae_path` .*default ../stage1/model.pt, .* no .*stage1/{name}\.$"):
+            rq_transformer_script.main([*arguments[:-1], str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("script", [rqvae_script, rq_transformer_script, vqgan_script])
+def test_the_checkpoint_is_looked_at_before_what_lies_beside_it(tmp_path, script):
+    """A mistyped path is to blame, not a config.yaml or an RQ-VAE beside nothing."""
+    (tmp_path / "junk.pt").write_text("404 not found")
+    for name, message in (("missing.pt", "`checkpoint_path` must be"), ("junk.pt", "junk.pt must be a complete")):
+        with pytest.raises(ValueError, match=message):
+            script.main(["--checkpoint_path", str(tmp_path / name), "--output_dir", str(tmp_path / "out")])
 
 
 def test_rqvae_folder_without_its_codebook_is_one_clear_error(tmp_path):

@@ -137,9 +137,9 @@ def convert_both_stages(tmp_path, config, rqvae_config, **arguments):
     checkpoint = write_stage(tmp_path / "stage2", config, state_dict)
     folder = tmp_path / "transformer"
     folder.mkdir()
-    codebook = rq_transformer_script.rqvae_codebook(tmp_path / "stage1" / "model.pt")
+    rqvae_path = tmp_path / "stage1" / "model.pt"
     rq_transformer_script.convert_rq_transformer(
-        checkpoint, checkpoint.with_name("config.yaml"), folder, codebook, **arguments
+        checkpoint, checkpoint.with_name("config.yaml"), folder, rqvae_path, **arguments
     )
     return state_dict, rqvae
 
