@@ -275,6 +275,46 @@ def test_saving_and_loading_keeps_everything_and_says_nothing(condition, tmp_pat
     assert given.vae is pipe.vae and given.scheduler is pipe.scheduler
 
 
+@pytest.mark.parametrize(
+    "kind, name, error, message",
+    [
+        (
+            DraftAndRevisePipeline,
+            "rq",
+            ValueError,
+            "got a RQTransformerPipeline: load it by RQTransformerPipeline.from",
+        ),
+        (
+            RQTransformerPipeline,
+            "ours",
+            ValueError,
+            "must be of a RQTransformerPipeline, got a DraftAndRevisePipeline",
+        ),
+        (DraftAndRevisePipeline, "config", OSError, "config/.* is a configuration without weights.*examples/ train"),
+        (RQVAEModel, "config/vae", OSError, "config/vae is a configuration without weights.*RQVAEModel.from_config"),
+        (RQVAEModel, "ours", ValueError, "of a RQVAEModel, got a whole pipeline: .*ours/vae"),
+        (RQVAEModel, "ours/transformer", ValueError, "of a RQVAEModel, got a ContextualRQTransformerModel"),
+    ],
+)
+def test_a_folder_of_something_else_or_without_weights_is_said_to_be_one(kind, name, error, message, tmp_path):
+    tiny_rq_pipeline().save_pretrained(tmp_path / "rq")
+    for folder in ("ours", "config"):
+        tiny_pipeline().save_pretrained(tmp_path / folder)
+    for file in (tmp_path / "config").rglob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(error, match=message):
+        kind.from_pretrained(tmp_path / name)
+
+
+def test_components_that_are_given_make_a_pipeline_of_another_ones_folder(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    assert (
+        DraftAndReviseInpaintPipeline.from_pretrained(tmp_path).components.keys() == tiny_pipeline().components.keys()
+    )
+    pipe = RQTransformerPipeline.from_pretrained(tmp_path, transformer=tiny_rq_transformer())
+    assert type(pipe.transformer) is type(tiny_rq_transformer())
+
+
 def test_module_paths_in_model_index_are_file_format(tmp_path):
     tiny_pipeline("text").save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "model_index.json").read_text())

@@ -23,6 +23,26 @@ EMPTY_CARD = "This model card has been automatically generated."
 class ModelCardMixin:
     """Pushes with a filled-in card. For models and pipelines, before the diffusers class."""
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in diffusers; of a local folder that is something else, or has no weights, the error says so.
+
+        Raises:
+            `ValueError`: the folder of a pipeline instead of a model, or of another class of this package. `OSError`:
+                a configuration without weights, and what diffusers raises.
+        """
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        check_folder(cls, folder, kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            if not (folder / "config.json").is_file() or any(folder.glob("diffusion_pytorch_model*")):
+                raise
+            raise OSError(
+                f"{folder} is a configuration without weights. The scripts in examples/ train such a model, those in "
+                f"conversion_scripts/ convert published weights, {cls.__name__}.from_config makes random ones."
+            ) from error
+
     @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at its signature
     def save_pretrained(self, *args, **kwargs):
         refuse_adapters(self)
@@ -106,6 +126,28 @@ class HubPipelineMixin(ModelCardMixin):
             if isinstance(value, list) and len(value) == 2 and value[0] in COMPONENT_MODULES:
                 config[name] = [f"{PACKAGE}.{value[0]}", value[1]]
         return config
+
+
+def check_folder(cls: type, folder: Path, given: dict) -> None:
+    """Refuse, with a `ValueError`, a local folder of another kind of model or pipeline of this package than `cls`.
+
+    A pipeline may load what was saved by another one of the same kind of transformer, and any whose transformer is
+    `given`.
+    """
+    import rq_draft_revise  # here, because the package's models import this module
+
+    if not (folder / cls.config_name).is_file():
+        if (folder / "model_index.json").is_file():
+            raise ValueError(
+                f"{folder} must be of a {cls.__name__}, got a whole pipeline: give its component's folder, such as "
+                f"{folder / 'vae'}."
+            )
+        return
+    name = cls.load_config(folder).get("_class_name")
+    saved = getattr(rq_draft_revise, str(name), cls)
+    theirs, own = (kind.__init__.__annotations__.get("transformer", kind) for kind in (saved, cls))
+    if "transformer" not in given and not issubclass(theirs, own) and not issubclass(own, theirs):
+        raise ValueError(f"{folder} must be of a {cls.__name__}, got a {name}: load it by {name}.from_pretrained.")
 
 
 def refuse_adapters(model) -> None:
