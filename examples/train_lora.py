@@ -15,6 +15,7 @@ the second stage: codes at random masks, given the others and the caption. Into 
 import argparse
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from accelerate.utils import set_seed
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict
 
-from rq_draft_revise import DraftAndRevisePipeline
+from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline
 from rq_draft_revise.batches import Batch
 from rq_draft_revise.budget import learning_rate_at
 from rq_draft_revise.code_cache import encoded_rows
@@ -37,6 +38,7 @@ from rq_draft_revise.data import (
     without_empty,
 )
 from rq_draft_revise.divergence import NonFiniteGuard
+from rq_draft_revise.flags import FlagHelp, check_flags
 from rq_draft_revise.masks import draws_of_step
 from rq_draft_revise.model_card import model_card
 from rq_draft_revise.publishing import create_repository, upload
@@ -45,7 +47,7 @@ from rq_draft_revise.waiting import main_process_first
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FlagHelp)
 
     group = parser.add_argument_group("model")
     group.add_argument("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the pipeline.")
@@ -53,52 +55,57 @@ def parse_args(argv=None):
     group.add_argument("--variant", help="Of the pipeline's weights, such as fp16.")
     group.add_argument("--rank", type=int, default=4, help="Of the additions.")
     group.add_argument("--lora_alpha", type=int, help="The additions are scaled by alpha / rank. Default: the rank.")
-    group.add_argument("--lora_dropout", type=float, default=0.0)
+    group.add_argument("--lora_dropout", type=float, default=0.0, help="Of what goes into the additions.")
     group.add_argument("--lora_layers", default="to_q,to_k,to_v,to_out.0",
                        help="The layers that are added to: ends of their names, separated by commas.")  # fmt: skip
-    group.add_argument("--gradient_checkpointing", action="store_true")
+    group.add_argument(
+        "--gradient_checkpointing", action="store_true", help="Compute the blocks again in the backward pass."
+    )
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", help="Hub id, or a local folder that `datasets.load_dataset` reads.")
     group.add_argument("--train_data_dir", help="Folder of images with a metadata.csv or .jsonl of captions.")
-    group.add_argument("--train_split", default="train")
-    group.add_argument("--image_column", default="image")
-    group.add_argument("--caption_column", default="text")
+    group.add_argument("--train_split", default="train", help="Also a part of a split: 'train[:90%%]'.")
+    group.add_argument("--image_column", default="image", help="Column of the images.")
+    group.add_argument("--caption_column", default="text", help="Column of the captions.")
     group.add_argument("--label_column", default="label", help="Of a class-conditional pipeline.")
     group.add_argument("--instance_prompt", help="Caption of all images, in place of a column of captions.")
     group.add_argument("--random_flip", action="store_true", help="Mirror half of the images, chosen anew each epoch.")
 
     group = parser.add_argument_group("optimization")
     group.add_argument("--train_batch_size", type=int, default=4, help="Images per process and micro-batch.")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    group.add_argument("--max_train_steps", type=int, default=500)
-    group.add_argument("--learning_rate", type=float, default=1e-3)
-    group.add_argument("--lr_scheduler", choices=["cosine", "constant"], default="constant")
-    group.add_argument("--lr_warmup_steps", type=int, default=0)
-    group.add_argument("--adam_beta1", type=float, default=0.9)
-    group.add_argument("--adam_beta2", type=float, default=0.95)
-    group.add_argument("--adam_weight_decay", type=float, default=1e-4)
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Micro-batches of a batch.")
+    group.add_argument("--max_train_steps", type=int, default=500, help="Optimizer steps.")
+    group.add_argument("--learning_rate", type=float, default=1e-3, help="After the warm-up.")
+    group.add_argument("--lr_scheduler", choices=["cosine", "constant"], default="constant", help="cosine ends at 0.")
+    group.add_argument("--lr_warmup_steps", type=int, default=0, help="Linear.")
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="Of AdamW.")
+    group.add_argument("--adam_beta2", type=float, default=0.95, help="Of AdamW.")
+    group.add_argument("--adam_weight_decay", type=float, default=1e-4, help="Of AdamW.")
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="0 does not clip.")
     group.add_argument("--condition_dropout", type=float, default=0.1, help="Share of captions dropped, for guidance.")
     group.add_argument("--max_nonfinite_steps", type=int, default=10,
                        help="Steps whose loss or gradient is not finite are left out; so many in a row end the "
                        "run.")  # fmt: skip
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: as accelerate configured.")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0, help="Of all random numbers.")
 
     group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", default="lora-weights")
-    group.add_argument("--logging_steps", type=int, default=10)
+    group.add_argument("--output_dir", default="lora-weights", help="Folder of the adapter, its card and the log.")
+    group.add_argument("--logging_steps", type=int, default=10, help="Steps between two lines of the log.")
     group.add_argument("--validation_prompt",
                        help="A text, or the name of a class, drawn with the adapter at the end into "
                        "validation-*.png.")  # fmt: skip
-    group.add_argument("--num_validation_images", type=int, default=4)
-    group.add_argument("--push_to_hub", action="store_true")
+    group.add_argument("--num_validation_images", type=int, default=4, help="Images of --validation_prompt.")
+    group.add_argument(
+        "--push_to_hub", action="store_true", help="Upload the adapter, its card and the log to the Hub."
+    )
     group.add_argument("--hub_model_id", help="Default: the name of --output_dir, in your namespace.")
     group.add_argument("--hub_token", help="Default: the one you are logged in with.")
-    group.add_argument("--hub_private_repo", action="store_true")
+    group.add_argument("--hub_private_repo", action="store_true", help="Make a new repository private.")
 
-    parser.set_defaults(report_to=None)  # make_accelerator's: the log of a run so short is its file
+    # make_accelerator's: the log of a run so short is its file; and check_flags'
+    parser.set_defaults(report_to=None, data_files=None, filter_column=None, filter_min=None, filter_max=None)
     args = parser.parse_args(argv)
     if args.dataset_name is None and args.train_data_dir is None:
         raise ValueError("Give the images by --dataset_name or --train_data_dir, got neither.")
@@ -110,14 +117,46 @@ def parse_args(argv=None):
     for name in ("instance_prompt", "validation_prompt"):
         if getattr(args, name) is not None and is_empty(getattr(args, name)):
             raise ValueError(f"--{name} must be a text, got {getattr(args, name)!r}.")
-    for name in ("rank", "lora_alpha", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
-                 "logging_steps", "num_validation_images", "max_nonfinite_steps"):  # fmt: skip
+    check_flags(args)
+    for name in ("rank", "lora_alpha", "num_validation_images"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    for name in ("condition_dropout", "lora_dropout"):
-        if not 0 <= getattr(args, name) < 1:
-            raise ValueError(f"--{name} must lie in [0, 1), got {getattr(args, name)}.")
+    if not 0 <= args.lora_dropout < 1:
+        raise ValueError(f"--lora_dropout must lie in [0, 1), got {args.lora_dropout}.")
     return args
+
+
+def load_pipeline(args) -> DraftAndRevisePipeline:
+    """The pipeline to adapt.
+
+    Raises:
+        `ValueError`: it is one of the autoregressive baseline.
+    """
+    path, revision = args.pretrained_model_name_or_path, args.revision
+    kind = DraftAndRevisePipeline.load_config(path, revision=revision).get("_class_name")
+    if kind == RQTransformerPipeline.__name__:
+        raise ValueError(
+            "--pretrained_model_name_or_path must be a pipeline of a Contextual RQ-Transformer, got one of the "
+            f"autoregressive baseline, a {kind}, in {path}."
+        )
+    return DraftAndRevisePipeline.from_pretrained(path, revision=revision, variant=args.variant)
+
+
+def lora_layers(args, transformer) -> list[str]:
+    """The ends of names in --lora_layers.
+
+    Raises:
+        `ValueError`: one of them matches no layer that can be added to.
+    """
+    modules = dict(transformer.named_modules())
+    layers = [name for name, module in modules.items() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))]
+    names = [name.strip() for name in args.lora_layers.split(",")]
+    for name in names:
+        matched = {layer for layer in modules if f".{layer}".endswith(f".{name}")}
+        if not matched or not matched <= set(layers):
+            ends = sorted({re.search(r"[^.]+(\.\d+)?$", layer)[0] for layer in layers})
+            raise ValueError(f"--lora_layers must be among {', '.join(ends)}, or longer ends of names, got {name!r}.")
+    return names
 
 
 def check_prompts(args, pipe) -> None:
@@ -204,10 +243,9 @@ def main(args):
     accelerator = make_accelerator(args)  # seeds all processes the same, so that they start from the same adapter
 
     # 1. The pipeline, frozen, and the adapter, which alone trains: in float32, also on top of half precision
-    pipe = DraftAndRevisePipeline.from_pretrained(
-        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant
-    )
+    pipe = load_pipeline(args)
     check_prompts(args, pipe)
+    target_modules = lora_layers(args, pipe.transformer)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     repo_id = create_repository(args) if accelerator.is_main_process else None
@@ -221,7 +259,7 @@ def main(args):
             lora_alpha=args.rank if args.lora_alpha is None else args.lora_alpha,
             lora_dropout=args.lora_dropout,
             init_lora_weights="gaussian",
-            target_modules=[name.strip() for name in args.lora_layers.split(",")],
+            target_modules=target_modules,
         )
     )
     if args.gradient_checkpointing:

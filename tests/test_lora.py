@@ -41,6 +41,7 @@ def problem(tmp_path_factory):
     tiny_pipeline("text").save_pretrained(folder / "pipeline")
     tiny_pipeline("class").save_pretrained(folder / "pipeline-class")
     tiny_pipeline(None).save_pretrained(folder / "pipeline-none")
+    tiny_rq_pipeline("text").save_pretrained(folder / "pipeline-baseline")
     return folder
 
 
@@ -272,6 +273,15 @@ def test_labels_one_caption_for_all_and_validation_images(problem, tmp_path):
         ("pipeline-class", "validation_prompt", "a cat", "must be the name of a class"),
         ("pipeline", "instance_prompt", " ", "must be a text"),
         ("pipeline", "mixed_precision", "fp16", "must be 'no' or 'bf16' on a CPU"),
+        (
+            "pipeline",
+            "lora_layers",
+            "to_z",
+            "must be among .*, net.2, proj, text_head, to_k, to_out.0, to_q, to_v, or",
+        ),
+        ("pipeline", "lora_layers", "norm1", "must be among"),
+        ("pipeline", "lora_layers", "attn", "must be among"),
+        ("pipeline", "lora_layers", "", "must be among"),
     ],
 )
 def test_what_the_pipeline_or_the_machine_cannot_do_is_refused_before_the_training(
@@ -280,6 +290,32 @@ def test_what_the_pipeline_or_the_machine_cannot_do_is_refused_before_the_traini
     with pytest.raises(ValueError, match=f"--{flag} {message}.* got {value!r}"):
         train(problem, tmp_path / "out", pipeline=pipeline, **{flag: value})
     assert not (tmp_path / "out").exists()
+
+
+def test_one_layer_that_does_not_exist_is_refused_among_others(problem):
+    args = train_lora.parse_args(["--pretrained_model_name_or_path", "", "--train_data_dir", "images"])
+    transformer = load(problem).transformer
+    for given in ("to_q, to_v", "head", "blocks.0.attn.to_q,ff.net.2"):
+        args.lora_layers = given
+        assert len(train_lora.lora_layers(args, transformer)) == given.count(",") + 1
+    args.lora_layers = "to_q,to_z"
+    with pytest.raises(ValueError, match="--lora_layers .* got 'to_z'"):
+        train_lora.lora_layers(args, transformer)
+
+
+def test_a_pipeline_of_the_baseline_is_refused_by_its_name(problem, tmp_path):
+    with pytest.raises(ValueError, match="--pretrained_model_name_or_path .* a RQTransformerPipeline, in .*-baseline"):
+        train(problem, tmp_path / "out", pipeline="pipeline-baseline")
+
+
+def test_every_flag_is_explained_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train_lora.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    defaults = vars(train_lora.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"]))
+    assert (
+        text.count("(default: ") == sum(f" --{name} " in text for name in defaults if defaults[name] is not None) - 2
+    )
 
 
 def test_the_name_of_a_class_is_drawn(problem, tmp_path):
@@ -448,7 +484,8 @@ def test_two_sources_of_images_are_refused():
 
 
 @pytest.mark.parametrize("flag, value", [("rank", 0), ("max_train_steps", 0), ("condition_dropout", 1.0),
-                                         ("max_nonfinite_steps", 0)])  # fmt: skip
+                                         ("max_nonfinite_steps", 0), ("learning_rate", -1.0), ("adam_beta1", 1.0),
+                                         ("lora_dropout", 1.0), ("seed", -1)])  # fmt: skip
 def test_impossible_flags_are_refused_by_name(flag, value):
     argv = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", f"--{flag}", str(value)]
     with pytest.raises(ValueError, match=f"--{flag} must .* got {value}"):
