@@ -156,6 +156,7 @@ def main(args):
     )
     train_dataset, validation_datasets = load_splits(args, accelerator, args.caption_column, "caption_column")
     if accelerator.is_main_process and not args.streaming:
+        # of millions, the first
         describe_captions(train_dataset[args.caption_column][:10_000], tokenizer, config.max_text_length)
     data = (vae, config, args.caption_column, encode_captions)
     skipped = SkippedRows(f"split {args.train_split!r}")

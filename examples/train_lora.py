@@ -31,9 +31,11 @@ from rq_draft_revise.code_cache import encoded_rows
 from rq_draft_revise.data import (
     SkippedRows,
     class_labels_of,
+    describe_captions,
     input_ids_of,
     is_empty,
     load_split,
+    matched_classes,
     training_order,
     without_empty,
 )
@@ -189,10 +191,10 @@ def check_prompts(args, pipe) -> None:
         ) from error
 
 
-def load_condition(args, dataset, pipe) -> tuple[str | None, torch.Tensor | None]:
+def load_condition(args, dataset, pipe, print=print) -> tuple[str | None, torch.Tensor | None]:
     """The transformer's argument for the condition, with its rows `(num_images, ...)`; None where it has none.
 
-    Captions that are cut are counted.
+    Captions that the model cannot read as they are, are counted; classes are found by their names.
 
     Raises:
         `ValueError`: a caption that is no text, or a label that is no class of the transformer.
@@ -201,17 +203,11 @@ def load_condition(args, dataset, pipe) -> tuple[str | None, torch.Tensor | None
     if config.text_vocab_size is not None:
         captions = [args.instance_prompt] * len(dataset) if args.instance_prompt else dataset[args.caption_column][:]
         ids = input_ids_of(captions, pipe.tokenizer, config.max_text_length, config.text_vocab_size)
-        whole = pipe.tokenizer(captions).input_ids
-        cut = [text for text, tokens in zip(captions, whole) if len(tokens) > config.max_text_length]
-        if cut:
-            print(
-                f"Cut: {len(cut):,} of {len(captions):,} captions, of which the model reads the first "
-                f"{config.max_text_length} tokens, such as {cut[0]!r}",
-                flush=True,
-            )
+        describe_captions(captions, pipe.tokenizer, config.max_text_length, print)
         return "input_ids", ids.long()
     if config.num_classes is not None:
-        return "class_labels", class_labels_of(dataset[args.label_column][:], config.num_classes)
+        class_ids = matched_classes(dataset, args.label_column, pipe.config.id2label, print)
+        return "class_labels", class_labels_of(dataset[args.label_column][:], config.num_classes, class_ids)
     return None, None
 
 
@@ -291,7 +287,7 @@ def main(args):
     skipped = SkippedRows(f"split {args.train_split!r}")
     for column in columns.values():
         dataset = without_empty(dataset, column, skipped)
-    condition_name, conditions = load_condition(args, dataset, pipe)
+    condition_name, conditions = load_condition(args, dataset, pipe, accelerator.print)
     rows_of_images, codes_of_images = encode_images(args, dataset, pipe, accelerator.device, skipped)
     conditions = None if conditions is None else conditions[rows_of_images]
     num_images = len(rows_of_images)

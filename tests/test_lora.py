@@ -445,7 +445,17 @@ def test_captions_that_are_cut_are_counted(problem, capsys):
     _, ids = train_lora.load_condition(args, datasets.Dataset.from_dict({"text": ["a cat", long]}), load(problem))
     assert ids.shape == (2, MAX_TEXT_LENGTH)
     printed = capsys.readouterr().out
-    assert f"Cut: 1 of 2 captions, of which the model reads the first {MAX_TEXT_LENGTH} tokens" in printed
+    assert f"1 of 2 captions of which the model reads the first {MAX_TEXT_LENGTH} tokens, such as {long!r}" in printed
+
+
+def test_classes_are_those_of_the_pipeline_by_their_names(problem, capsys):
+    pipe = load(problem, "pipeline-class")
+    args = train_lora.parse_args(["--pretrained_model_name_or_path", "", "--train_data_dir", "images"])
+    names = [pipe.config.id2label[i].split(",")[0] for i in (3, 1)]
+    features = datasets.Features({"label": datasets.ClassLabel(names=names)})
+    rows = datasets.Dataset.from_dict({"label": [0, 1, 0]}, features=features)
+    assert train_lora.load_condition(args, rows, pipe)[1].tolist() == [3, 1, 3]
+    assert f"{names[0]!r} is class 3" in capsys.readouterr().out
 
 
 def test_every_pipeline_takes_adapters():

@@ -397,11 +397,14 @@ def input_ids_of(
 
 
 def describe_captions(
-    captions: list[str], tokenizer: "PreTrainedTokenizerBase", max_text_length: int, shown: int = 10_000
+    captions: list[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_text_length: int,
+    print: Callable[[str], None] = print,
 ) -> None:
-    """Print how many captions, of the first `shown`, the model does not read as they are: cut ones, and those with
-    words that the tokenizer does not know."""
-    captions = [caption for caption in captions[:shown] if isinstance(caption, str)]
+    """Print how many captions the model does not read as they are: cut ones, and those with words that the tokenizer
+    does not know."""
+    captions = [caption for caption in captions if isinstance(caption, str)]
     unknown, tokens = unknown_token_id(tokenizer), tokenizer(captions).input_ids if captions else []
     cut = [caption for caption, ids in zip(captions, tokens) if len(ids) > max_text_length]
     poor = [caption for caption, ids in zip(captions, tokens) if unknown in ids]
@@ -410,7 +413,7 @@ def describe_captions(
         (poor, "with words that the tokenizer does not know, and reads as one and the same"),
     ):
         if some:
-            print(f"{len(some):,} of {len(captions):,} captions {what}, such as {some[0]!r}", flush=True)
+            print(f"{len(some):,} of {len(captions):,} captions {what}, such as {some[0]!r}")
 
 
 def input_ids_sha256(
