@@ -26,7 +26,9 @@ from naive_sampler import naive_draft_and_revise  # noqa: E402
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pipeline", default=str(ROOT / "pipelines/emoji-scenes"), help="Folder to time.")
     parser.add_argument("--prompt", default="a volcano at dusk", help="For a text-conditional pipeline.")
     parser.add_argument("--batch_size", type=int, default=8, help="Images at once.")

@@ -53,7 +53,9 @@ COMPILED_MODES = ["blocks", *GRAPHED_MODES, "default", "reduce-overhead", "max-a
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pipelines", nargs="+", help="Folders, of which only configs are read. Default: see above.")
     parser.add_argument("--batch_sizes", nargs="+", type=int, help="Default: 1 16 100, on the CPU 1 4.")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])

@@ -19,7 +19,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("reports", nargs="+", help="JSON files of `benchmarks/sampling.py`.")
     parser.add_argument("--output", required=True, help="PNG.")
     return parser.parse_args(argv)

@@ -490,7 +490,9 @@ def report(component: Component, folder: Path, left_out: dict[str, str]) -> None
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments that all scripts for models have."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--checkpoint_path", required=True, help="The original checkpoint; with --to_original the converted folder."
     )

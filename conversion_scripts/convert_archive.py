@@ -265,7 +265,9 @@ def convert_archive(
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("archive", type=Path, help="The .tar.gz, or the folder that it unpacks to.")
     parser.add_argument("output_dir", type=Path, help="Folder to write; must not exist or be empty.")
     parser.add_argument(

@@ -123,7 +123,9 @@ def restore_tokenizer(tokenizer_dir: Path, config_path: Path, folder: Path) -> N
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--tokenizer_dir", required=True, help="Folder of the two files; with --to_original the converted folder."
     )

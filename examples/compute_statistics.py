@@ -26,7 +26,9 @@ from rq_draft_revise.waiting import main_process_first, wait_for_everyone
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", help="Hub id, or a local folder that `datasets.load_dataset` reads.")

@@ -33,7 +33,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 def make_parser(description: str, output: str, prompts: tuple[str, ...] = ()) -> OneLineParser:
     """A parser with the flags of every sheet; without default `prompts` there must be some."""
-    parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OneLineParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument(
         "prompts", nargs="*" if prompts else "+", metavar="prompt", default=list(prompts), help="what to draw"
     )

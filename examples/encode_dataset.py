@@ -36,7 +36,7 @@ from rq_draft_revise.waiting import main_process_first, wait_for_everyone
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FlagHelp)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=FlagHelp)
     parser.add_argument("--vae", help="Folder or Hub id of the RQ-VAE. Default: the pipeline's.")
     parser.add_argument("--pretrained_model_name_or_path", default="pipelines/imagenet-256-821m",
                         help="Pipeline whose RQ-VAE encodes.")  # fmt: skip
@@ -201,7 +201,7 @@ def main(args):
             dataset = load_split(
                 split, args.image_column, args.caption_column, args.dataset_name, args.train_data_dir, args.data_files,
                 split, args.label_column, args.dataset_config_name, args.streaming, args.filter_column,
-                args.filter_min, args.filter_max,
+                args.filter_min, args.filter_max, split_argument="splits",
             )  # fmt: skip
         num_files, part = parts_of(dataset, args)
         name = name_of(split)

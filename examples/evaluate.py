@@ -79,7 +79,9 @@ SAMPLER_ARGUMENTS = ("num_inference_steps", "num_revise_steps", "num_revisions",
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
     group = parser.add_argument_group("what to evaluate")
     group.add_argument("--pipeline", required=True, help="Folder or Hub id of a pipeline of this package.")

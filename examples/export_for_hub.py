@@ -34,7 +34,9 @@ LEFT_OUT = ("HubPipelineMixin", "ModelCardMixin")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pipeline", help="Folder or Hub id of a pipeline of this package.")
     parser.add_argument("output_dir", help="Folder to write; it must be new or empty.")
     parser.add_argument("--push_to_hub", metavar="REPO_ID", help="Upload it there, for example me/emoji-scenes.")

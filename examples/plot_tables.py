@@ -19,7 +19,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", help="JSON file by examples/reproduce_tables.py, with the part figure-1.")
     parser.add_argument("output", help="PNG to write.")
     return parser.parse_args(argv)

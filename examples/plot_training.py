@@ -16,7 +16,9 @@ import matplotlib.pyplot as plt
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("log", help="A train_log.jsonl.")
     parser.add_argument("quantities", nargs="+", help="Names in the log, a panel each; `a:b` draws two in one panel.")
     parser.add_argument("--output", required=True, help="PNG or SVG file.")

@@ -71,7 +71,9 @@ RECORDED = ("pipeline", "contextual_rq", "contextual_vq", "autoregressive", "vq_
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
     group = parser.add_argument_group("pipelines")
     group.add_argument("--pipeline", required=True, help="The Contextual RQ pipeline that all is measured on.")

@@ -54,7 +54,7 @@ PIPELINES = {"contextual": "pipelines/cc3m-256-654m", "autoregressive": "pipelin
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FlagHelp)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=FlagHelp)
 
     group = add_model_flags(
         parser,

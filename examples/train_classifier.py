@@ -21,14 +21,16 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from rq_draft_revise.budget import Budget, learning_rate_at
-from rq_draft_revise.data import decoded_rows, load_split, to_pixel_values, training_order
+from rq_draft_revise.data import decoded_rows, load_split, split_names, to_pixel_values, training_order
 from rq_draft_revise.divergence import NonFiniteGuard
 from rq_draft_revise.features import ImageClassifierModel
 from rq_draft_revise.waiting import main_process_first
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", help="Hub id, or a local folder that `datasets.load_dataset` reads.")
@@ -36,7 +38,8 @@ def parse_args(argv=None):
     group.add_argument("--data_files", nargs="+", help="Files of the training split (parquet, csv, json, tar).")
     group.add_argument("--test_files", nargs="+", help="Files of the test split, beside --data_files.")
     group.add_argument("--train_split", default="train")
-    group.add_argument("--test_split", default="test", help="'none' trains without a test.")
+    group.add_argument("--test_split", help="'none' trains without a test. Default: test or validation, if there is "
+                       "one.")  # fmt: skip
     group.add_argument("--image_column", default="image")
     group.add_argument("--label_column", default="label")
     group.add_argument("--resolution", type=int, required=True)
@@ -84,10 +87,21 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------------------------------------ data
 
 
-def load_labelled(args, split: str, data_files) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+def test_split_of(args) -> str | None:
+    """The split to test on, if any: --test_split, or one that is there."""
+    if args.test_split == "none" or (args.data_files is not None and not args.test_files):
+        return None
+    if args.test_split is not None or args.test_files:
+        return args.test_split or "test"
+    known = split_names(args.dataset_name, args.train_data_dir)
+    return next((name for name in ("test", "validation") if name in known), None)
+
+
+def load_labelled(args, split_argument: str, split: str, data_files) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """All images of a split, uint8 `(N, 3, H, W)`, their labels `(N,)` int64, and the names of the classes."""
     source = {name: getattr(args, name) for name in ("image_column", "dataset_name", "train_data_dir")}
-    dataset = load_split(split, train_split=split.split("[")[0], data_files=data_files, **source)
+    source |= {"data_files": data_files, "split_argument": split_argument}
+    dataset = load_split(split, train_split=split.split("[")[0], **source)
     if args.label_column not in dataset.column_names:
         raise ValueError(f"--label_column must be one of {dataset.column_names}, got {args.label_column!r}.")
     labels = dataset[args.label_column][:]
@@ -131,10 +145,10 @@ def main(args):
     set_seed(args.seed)
     device = accelerator.device
     with main_process_first(accelerator):  # one process prepares the files that all then map
-        images, labels, names = load_labelled(args, args.train_split, args.data_files)
-        test = None
-        if args.test_split != "none" and (args.data_files is None or args.test_files):
-            test = load_labelled(args, args.test_split, args.test_files)[:2]
+        images, labels, names = load_labelled(args, "train_split", args.train_split, args.data_files)
+        test, test_split = None, test_split_of(args)
+        if test_split is not None:
+            test = load_labelled(args, "test_split", test_split, args.test_files)[:2]
 
     classifier = ImageClassifierModel(
         num_classes=len(names),

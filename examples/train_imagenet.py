@@ -53,7 +53,7 @@ PIPELINES = {"contextual": "pipelines/imagenet-256-821m", "autoregressive": "pip
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FlagHelp)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=FlagHelp)
 
     add_model_flags(
         parser,

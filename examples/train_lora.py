@@ -49,7 +49,7 @@ from rq_draft_revise.waiting import main_process_first
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FlagHelp)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=FlagHelp)
 
     group = parser.add_argument_group("model")
     group.add_argument("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the pipeline.")
@@ -282,6 +282,7 @@ def main(args):
             image_column=args.image_column,
             dataset_name=args.dataset_name,
             train_data_dir=args.train_data_dir,
+            split_argument="train_split",
             **columns,
         )
     skipped = SkippedRows(f"split {args.train_split!r}")

@@ -87,7 +87,7 @@ from rq_draft_revise.training_log import LogWindow, TrainingLog
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FlagHelp)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=FlagHelp)
 
     group = parser.add_argument_group("model: exactly one of the first three")
     group.add_argument("--vae_config", help="config.json, or a folder with one: train from scratch.")

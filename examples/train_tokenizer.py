@@ -22,7 +22,7 @@ from rq_draft_revise.flags import FlagHelp, check_sources
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FlagHelp)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=FlagHelp)
     parser.add_argument("--dataset_name", help="Hub id, or a local folder that `datasets.load_dataset` reads.")
     parser.add_argument("--dataset_config_name", help="Configuration of a data set that has several.")
     parser.add_argument("--train_data_dir", help="Folder of images with a metadata.csv or .jsonl of captions.")
@@ -84,6 +84,7 @@ def main(args):
     dataset = load_split(
         args.train_split, None, args.caption_column, args.dataset_name, args.train_data_dir, args.data_files,
         args.train_split, dataset_config_name=args.dataset_config_name, streaming=args.streaming,
+        split_argument="train_split",
     )  # fmt: skip
     skipped = SkippedRows(f"split {args.train_split!r}")
     captions = captions_of(dataset, args.caption_column, skipped)

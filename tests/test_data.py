@@ -251,11 +251,21 @@ def test_a_data_set_that_cannot_be_reached_says_how_to_go_on(monkeypatch, reason
         ("data_files", {"dataset_name": None, "data_files": ["images.zip"]}),
         ("data_files", {"dataset_name": None, "data_files": ["a.csv", "b.json"]}),
         ("dataset_name", {"dataset_name": None}),
-        ("valid", {"split": "valid"}),
-        ("train[:0]", {"split": "train[:0]"}),
+        ("`split` must be of ['train', 'test'], got 'valid' of", {"split": "valid"}),
+        ("`test_split` must be of ['train', 'test'], got 'x' of", {"split": "x", "split_argument": "test_split"}),
+        ("`split` must be of ['train', 'test'], got 'valid' of", {"split": "valid", "streaming": True}),
+        ("`split` must have rows, got 'train[:0]' of", {"split": "train[:0]"}),
+        (
+            "`train_data_dir` must be a folder of images, got 'nowhere': there is no such folder.",
+            {"dataset_name": None, "train_data_dir": "nowhere"},
+        ),
+        ("`train_data_dir` must be a folder of images, got '.': ", {"dataset_name": None, "train_data_dir": "."}),
+        ("`dataset_name` must be a local folder", {"dataset_name": "."}),
+        ("`data_files` must be files that there are", {"dataset_name": None, "data_files": ["no.csv"]}),
     ],
 )
-def test_data_that_cannot_be_had_are_refused_by_name(name, arguments, problem):
+def test_data_that_cannot_be_had_are_refused_by_name(name, arguments, problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=re.escape(name)):
         load_split(**{"split": "train", "dataset_name": str(problem / "data"), **arguments})
 

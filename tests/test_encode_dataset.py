@@ -144,7 +144,7 @@ def test_an_interrupted_run_goes_on_and_an_unfinished_one_is_not_read(problem, t
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(encode_dataset, "encode_part", killed_in_the_second)
         run(problem, tmp_path / "codes", rows_per_file=4, caption_column="text")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="contain any data files"):
         load_split("train", dataset_name=str(tmp_path / "codes"))
     capsys.readouterr()
     AcceleratorState._reset_state(reset_partial_state=True)

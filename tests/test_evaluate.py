@@ -465,8 +465,10 @@ def test_the_folder_of_another_run_is_refused(problem, tmp_path, made, flags):
     before = (tmp_path / "results.json").read_text()
     if "pipeline" in flags:
         flags = dict(pipeline=problem / flags["pipeline"])
-    with pytest.raises(ValueError, match="holds images of another run"):
+    with pytest.raises(ValueError, match="holds images of another run") as refused:
         evaluate(problem, tmp_path, **flags)
+    if "num_revisions" in flags:
+        assert "its sampler is {'num_revisions': 1}, and now it is {'num_revisions': 0}" in str(refused.value)
     assert made == [] and (tmp_path / "results.json").read_text() == before
 
 
@@ -732,6 +734,19 @@ def test_a_classifier_learns_and_is_a_feature_network(problem, tmp_path):
     output = network(images)
     assert output.logits.argmax(1).tolist() == [0, 1] and output.features.shape == (2, 16)
     assert ImageClassifierModel.load_config(tmp_path)["labels"] == ["dark", "light"]
+
+
+def test_the_split_to_test_on_is_found(tmp_path):
+    for split in ("train", "validation"):
+        for label in ("dark", "light"):  # a single folder would be no class
+            (tmp_path / split / label).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / label / "1.png")
+    flags = dict(train_data_dir=tmp_path, resolution=8, output_dir=tmp_path)
+    args = train_classifier.parse_args(command_line(flags))
+    assert train_classifier.test_split_of(args) == "validation"
+    args = train_classifier.parse_args(command_line(flags | dict(test_split="test")))
+    with pytest.raises(ValueError, match=r"`test_split` must be of \['train', 'validation'\], got 'test' of"):
+        train_classifier.main(args)
 
 
 def test_a_classifier_that_diverges_ends_and_is_not_saved(problem, tmp_path):

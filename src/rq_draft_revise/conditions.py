@@ -46,8 +46,8 @@ def names_to_ids(label: str | list[str], id2label: dict[int, str] | None, argume
     ids = _ids_by_name(id2label)
     unknown = [name for name in labels if name.strip().lower() not in ids]
     if unknown:
-        examples = ", ".join(sorted(ids)[:5])
-        raise ValueError(f"`{argument}` must be names in `pipe.config.id2label` ({examples}, ...), got {unknown}.")
+        examples = ", ".join(sorted(ids)[:5]) + (", ..." if len(ids) > 5 else "")
+        raise ValueError(f"`{argument}` must be names in `pipe.config.id2label` ({examples}), got {unknown}.")
     found = [ids[name.strip().lower()] for name in labels]
     for name, candidates in zip(labels, found, strict=True):
         if len(candidates) > 1:

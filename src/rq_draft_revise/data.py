@@ -37,6 +37,14 @@ BUILDERS = {
     "tar": "webdataset",
 }
 
+# What each source of images must be, to be filled with what it is and why that will not do.
+SOURCES = {
+    "dataset_name": "a local folder, or a data set of the Hub that can be reached and read (a gated one after "
+    "`hf auth login`), got {}. Local images are given by `train_data_dir` or `data_files`.",
+    "train_data_dir": "a folder of images, got {}.",
+    "data_files": "files that there are, got {}.",
+}
+
 # What `examples/encode_dataset.py` writes. A data set with codes needs no images.
 CODES_COLUMN = "codes"
 VAE_COLUMN = "vae"  # digest of the RQ-VAE whose codes they are
@@ -63,6 +71,7 @@ def load_split(
     filter_column: str | None = None,
     filter_min: float | None = None,
     filter_max: float | None = None,
+    split_argument: str = "split",
 ) -> "datasets.Dataset | datasets.IterableDataset":
     """One split of a data set of images, from the first source that is given.
 
@@ -90,6 +99,7 @@ def load_split(
             `width` of the column `json`. A row without a number is dropped.
         filter_min (`float`, *optional*), filter_max (`float`, *optional*): Keep rows whose number is at least, at most
             this.
+        split_argument (`str`, defaults to `"split"`): What the caller calls `split`, for the error about it.
 
     Returns:
         The `datasets.Dataset`, or `datasets.IterableDataset` if streaming; its rows hold a PIL image in
@@ -101,33 +111,36 @@ def load_split(
     """
     from datasets import Image as ImageFeature
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
 
-    common = {"split": split, "streaming": streaming}
     if dataset_name is not None:
-        state = local_state([dataset_name])
-        try:
-            dataset = load_dataset(
-                dataset_name, dataset_config_name, data_files=data_files, cache_dir=cache_folder(state), **common
-            )
-        except (ConnectionError, DatasetNotFoundError) as error:  # no network, no such data set, a gated one
-            raise ValueError(
-                "`dataset_name` must be a local folder, or a data set of the Hub that can be reached and read (a "
-                f"gated one after `hf auth login`), got {dataset_name!r}: {error}. Local images are given by "
-                "`train_data_dir` or `data_files`."
-            ) from error
+        source, given = "dataset_name", dataset_name
+        location = {"path": dataset_name, "name": dataset_config_name, "data_files": data_files}
     elif train_data_dir is not None:
-        state = local_state([train_data_dir])
-        dataset = load_dataset("imagefolder", data_dir=train_data_dir, cache_dir=cache_folder(state), **common)
+        source, given = "train_data_dir", train_data_dir
+        location = {"path": "imagefolder", "data_dir": train_data_dir}
     elif data_files:
-        kinds = {str(file).rsplit(".", 1)[-1] for file in data_files}
+        source, given = "data_files", [str(file) for file in data_files]
+        kinds = {file.rsplit(".", 1)[-1] for file in given}
         if len(kinds) > 1 or not kinds <= set(BUILDERS):
             raise ValueError(f"`data_files` must all end in the same one of {sorted(BUILDERS)}, got {sorted(kinds)}.")
-        state = local_state(data_files)
-        data_files = {train_split.split("[")[0]: [str(file) for file in data_files]}  # "train[:90%]" is of "train"
-        dataset = load_dataset(BUILDERS[kinds.pop()], data_files=data_files, cache_dir=cache_folder(state), **common)
+        # "train[:90%]" is of "train"
+        location = {"path": BUILDERS[kinds.pop()], "data_files": {train_split.split("[")[0]: given}}
     else:
         raise ValueError("Give the images by `dataset_name`, `train_data_dir` or `data_files`, got none of them.")
+    state = local_state(given if source == "data_files" else [given])
+    try:
+        dataset = load_dataset(**location, cache_dir=cache_folder(state), split=split, streaming=streaming)
+    except (ConnectionError, FileNotFoundError) as error:  # no network, no such data set or file, a gated one
+        missing = source == "train_data_dir" and not os.path.exists(given)
+        why = "there is no such folder" if missing else error
+        raise ValueError(f"`{source}` must be " + SOURCES[source].format(f"{given!r}: {why}")) from error
+    except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"`{split_argument}` must have rows, got {split!r} of {given!r} with none.") from error
+        if not str(error).startswith(("Unknown split", "Bad split")):  # of a stream
+            raise
+        known = split_names(dataset_name, train_data_dir, data_files, train_split, dataset_config_name)
+        raise ValueError(f"`{split_argument}` must be of {known}, got {split!r} of {given!r}.") from error
     if state is not None and not streaming:
         # The fingerprint, by which others cache what they compute from the rows, leaves the cache folder out.
         dataset._fingerprint = hashlib.sha256(f"{state} {dataset._fingerprint}".encode()).hexdigest()[:16]

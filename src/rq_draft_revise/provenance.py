@@ -188,9 +188,13 @@ def check_same_run(
             )
         if different:
             name = sorted(different)[0]
+            then, now = before.get(name), record.get(name)
+            if isinstance(then, dict) and isinstance(now, dict):  # only what is not the same
+                differ = [key for key in then.keys() | now.keys() if then.get(key) != now.get(key)]
+                then, now = ({key: value[key] for key in sorted(differ) if key in value} for value in (then, now))
             raise ValueError(
-                f"--output_dir {output_dir} holds images of another run: its {name} is {before.get(name)}, and now it "
-                f"is {record.get(name)}. Give another folder, or delete this one."
+                f"--output_dir {output_dir} holds images of another run: its {name} is {then}, and now it is {now}. "
+                "Give another folder, or delete this one."
             )
         return
     found = min((file for pattern in made for file in output_dir.glob(pattern)), default=None)

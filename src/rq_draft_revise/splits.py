@@ -55,7 +55,7 @@ def load_splits(
         **({} if condition_name is None else {condition_name: condition_column}),
     )  # fmt: skip
     with main_process_first(accelerator):  # one process prepares the files that all then map
-        train_dataset = load(args.train_split, **files)
+        train_dataset = load(args.train_split, split_argument="train_split", **files)
         if args.validation_data_files is not None:
             names, files = ["validation"], {"data_files": args.validation_data_files, "train_split": "validation"}
         elif args.validation_split is None:
@@ -65,7 +65,7 @@ def load_splits(
                 accelerator.print(f"No validation: of {known} no split is called validation or test.")
         else:
             names = [name for name in args.validation_split if name != "none"]
-        validation_datasets = {name: load(name, **files) for name in names}
+        validation_datasets = {name: load(name, split_argument="validation_split", **files) for name in names}
     for name, dataset in validation_datasets.items():
         validation_datasets[name] = first_rows(dataset, args.max_validation_images, args.image_column)
     return train_dataset, validation_datasets
