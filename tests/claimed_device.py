@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 HAS_PLACE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")  # torch 2.11 and later
+DEVICE = None
 if HAS_PLACE:
 
     class Backend(backend_registration._DummyPrivateUse1Hook):
