@@ -603,7 +603,8 @@ def int_between(smallest: int, largest: int | None = None) -> Callable[[str], in
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     style = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description="Build the emoji scenes, and measure a pipeline trained on them.")
+    text = "Build the emoji scenes, and measure a pipeline trained on them."
+    parser = argparse.ArgumentParser(description=text, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     positive = int_between(1)
 

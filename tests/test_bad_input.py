@@ -8,16 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from components import (
-    CODE_DEPTH,
-    CODEBOOK_SIZE,
-    NUM_CLASSES,
-    ROOT,
-    random_codes,
-    tiny_pipeline,
-    tiny_transformer,
-    tiny_vae,
-)
+from components import CODE_DEPTH, CODEBOOK_SIZE, NUM_CLASSES, random_codes, tiny_pipeline, tiny_transformer, tiny_vae
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -461,12 +452,3 @@ def test_bad_input_is_refused(target):
 
     refuse()
     assert calls >= examples
-
-
-@pytest.mark.parametrize("folder", ["examples", "benchmarks", "conversion_scripts"])
-def test_no_script_takes_half_a_flag_for_a_whole_one(folder):
-    """What is misspelled would pass for another flag."""
-    sources = [path.read_text() for path in (ROOT / folder).glob("*.py")]
-    calls = [call for text in sources for call in re.findall(r"(?:ArgumentParser|OneLineParser)\(\n?[^)]+\)", text)]
-    parsers = [call for call in calls if "description=" in call and "measure a pipeline" not in call]
-    assert parsers and all("allow_abbrev=False" in call for call in parsers)

@@ -266,6 +266,31 @@ def check_flags(path: str, flags: list[str], monkeypatch):
             script.main(flags)
 
 
+WITH_FLAGS = [
+    path.relative_to(ROOT).as_posix()
+    for folder in ("benchmarks", "conversion_scripts", "examples")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if re.search(r"^def main\(|^def parse_args\(", path.read_text(encoding="utf-8"), re.M)
+]
+
+
+@pytest.mark.parametrize("path", WITH_FLAGS)
+def test_a_flag_that_is_cut_short_is_refused(path, monkeypatch):
+    """`--gradient_checkpoint` may be a slip for `--checkpointing_steps`, and is not taken for another flag."""
+
+    def stop(parser, args=None, namespace=None):
+        raise Parsed(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    script = script_at(path)
+    with pytest.raises(Parsed) as stopped:
+        getattr(script, "parse_args", getattr(script, "main", None))([])
+    (parser,) = stopped.value.args
+    commands = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    parsers = [parser, *(sub for choices in commands for sub in choices.values())]
+    assert not any(parser.allow_abbrev for parser in parsers)
+
+
 def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 
