@@ -12,6 +12,7 @@ Plain `python examples/compute_statistics.py ...` is the same on one process.
 
 import argparse
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -71,6 +72,14 @@ def add_network_arguments(group):
                        "Default: from torch's cache, or downloaded.")  # fmt: skip
     group.add_argument("--protocol", choices=sorted(PROTOCOLS), default="torch-fidelity",
                        help="How images are resized and rounded.")  # fmt: skip
+
+
+def check_files(args) -> None:
+    """Refuse, with a `ValueError` before any work, --features or --reference where there is nothing."""
+    for flag in ("features", "reference"):
+        value = getattr(args, flag, None)
+        if value not in (None, "inception") and not Path(value.removeprefix("emoji:")).exists():
+            raise ValueError(f"--{flag} must name a file or folder that is there, got {value!r}: there is none.")
 
 
 class SceneFeatures(torch.nn.Module):
@@ -146,6 +155,7 @@ def load_images(args) -> PreparedImages:
 
 
 def main(args):
+    check_files(args)
     accelerator = Accelerator()
     with main_process_first(accelerator):  # one process prepares the files that all then map
         images = load_images(args)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from compute_statistics import add_network_arguments, load_images, load_network
+from compute_statistics import add_network_arguments, check_files, load_images, load_network
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from tqdm import tqdm
@@ -552,6 +552,7 @@ def load_reference(args, work, networks: Networks) -> ReferenceStatistics | None
 
 
 def main(args):
+    check_files(args)
     accelerator = Accelerator()
     device = accelerator.device
     output_dir = Path(args.output_dir)

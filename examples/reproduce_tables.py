@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compute_statistics import add_network_arguments, load_images, load_network
+from compute_statistics import add_network_arguments, check_files, load_images, load_network
 from diffusers import DiffusionPipeline
 
 from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline
@@ -481,6 +481,7 @@ def reconstruct(folder: str, images: torch.Tensor, network, args) -> dict[str, t
 
 def main(args):
     # 1. What is drawn, and what it is compared with
+    check_files(args)
     pipe = load_pipeline(args.pipeline, "cpu")
     config, args.resolution = pipe.transformer.config, pipe.vae.config.sample_size
     if config.num_classes is None and config.text_vocab_size is None:
