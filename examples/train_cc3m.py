@@ -101,7 +101,7 @@ def load_tokenizer(args, config):
         `ValueError`: there is none, it has too many tokens, or the transformer was trained with another.
     """
     pipeline, own = args.pretrained_model_name_or_path, None
-    if has_file(pipeline, "tokenizer", "*.json"):
+    if (args.tokenizer is None or is_trained(args)) and has_file(pipeline, "tokenizer", "*.json"):
         own = AutoTokenizer.from_pretrained(pipeline, subfolder="tokenizer")
     tokenizer = own if args.tokenizer is None else AutoTokenizer.from_pretrained(args.tokenizer)
     if tokenizer is None:
@@ -109,7 +109,7 @@ def load_tokenizer(args, config):
             f"--tokenizer must name a tokenizer, because {pipeline}/tokenizer does not have one: "
             "examples/train_tokenizer.py trains it."
         )
-    if own is not None and is_trained(args) and tokenizer.get_vocab() != own.get_vocab():
+    if own is not None and tokenizer.get_vocab() != own.get_vocab():
         raise ValueError(
             f"--tokenizer must have the vocabulary that the transformer of {pipeline} was trained with, got "
             f"{args.tokenizer}. `--transformer_config {pipeline}/transformer` starts one like it from scratch."

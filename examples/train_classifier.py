@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from rq_draft_revise.budget import Budget, learning_rate_at
-from rq_draft_revise.data import decoded_rows, load_split, split_names, to_pixel_values, training_order
+from rq_draft_revise.data import decoded_rows, label_names, load_split, split_names, to_pixel_values, training_order
 from rq_draft_revise.divergence import NonFiniteGuard
 from rq_draft_revise.features import ImageClassifierModel
 from rq_draft_revise.waiting import main_process_first
@@ -105,7 +105,7 @@ def load_labelled(args, split_argument: str, split: str, data_files) -> tuple[to
     if args.label_column not in dataset.column_names:
         raise ValueError(f"--label_column must be one of {dataset.column_names}, got {args.label_column!r}.")
     labels = dataset[args.label_column][:]
-    names = getattr(dataset.features[args.label_column], "names", None)
+    names = label_names(dataset, args.label_column)
     if not all(isinstance(label, int) and label >= 0 for label in labels):
         raise ValueError(f"--label_column must hold class ids, integers from 0 on, got {args.label_column!r}.")
     names = names or [str(label) for label in range(max(labels) + 1)]

@@ -22,7 +22,7 @@ import re
 from functools import partial
 
 from rq_draft_revise.conditions import integer_labels
-from rq_draft_revise.data import SkippedRows, class_labels_of, matched_classes
+from rq_draft_revise.data import SkippedRows, class_labels_of, label_names, matched_classes
 from rq_draft_revise.flags import (
     FlagHelp,
     add_data_flags,
@@ -87,7 +87,7 @@ def class_names(args, dataset, num_classes):
     """The names of the classes by number, for prompts in words: the data set's, or those of the flags' pipeline."""
     known = integer_labels(pipeline_config(args).get("id2label"))
     # The names of the data set go first, also where they are fewer: they are those of the labels that are learned.
-    names = getattr((dataset.features or {}).get(args.label_column), "names", None)
+    names = label_names(dataset, args.label_column)
     if names is None:
         return known
     # But for ImageNet's folders, n01440764 and so on: the order of all of them is that of the usual names.

@@ -899,6 +899,15 @@ def test_another_run_is_not_written_over_unless_that_is_asked_for(problem, tmp_p
     forget_accelerator()
     assert read_log(tmp_path) == expected and len(checkpoints_in(tmp_path)) == 2
     flags |= dict(max_train_steps=1, overwrite_output_dir=True)
+
+    def refuse(name, **kwargs):
+        raise PermissionError(name)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(publishing, "create_repo", refuse)
+        train("train_imagenet", problem, tmp_path, push_to_hub=True, **flags)
+    forget_accelerator()
+    assert len(checkpoints_in(tmp_path)) == 2
     assert len(train("train_imagenet", problem, tmp_path, **flags)) == 1
     assert [folder.name for folder in checkpoints_in(tmp_path)] == ["checkpoint-1"]
 

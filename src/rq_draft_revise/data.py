@@ -351,6 +351,11 @@ def class_labels_of(labels: list[int], num_classes: int, class_ids: list[int] | 
     return torch.tensor(labels if class_ids is None else [class_ids[label] for label in labels], dtype=torch.int64)
 
 
+def label_names(dataset: "datasets.Dataset | datasets.IterableDataset", label_column: str) -> list[str] | None:
+    """The names of the labels by number, if the column has them."""
+    return getattr((dataset.features or {}).get(label_column), "names", None)
+
+
 def matched_classes(
     dataset: "datasets.Dataset | datasets.IterableDataset",
     label_column: str,
@@ -367,7 +372,7 @@ def matched_classes(
         A class for each label; None to take the labels as they are, if one of both has no names or a name of the data
         is none of the pipeline's.
     """
-    names = getattr((dataset.features or {}).get(label_column), "names", None)
+    names = label_names(dataset, label_column)
     if names is None or id2label is None:
         return None
     try:

@@ -427,10 +427,9 @@ def load_feature_network(
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"`source` must be a TorchScript module, and {source} is not: {reason}") from error
         return FeatureNetwork(network, "torchscript", device, file_sha256(path))
-    there = "" if path.exists() else ", which is not there"
     raise ValueError(
-        "`source`, --features of the scripts, must be 'inception', the folder of a classifier, or a TorchScript file "
-        f"ending in .pt or .ts, got {source!r}{there}."
+        "`source` must be 'inception', the folder of a classifier, or a TorchScript file ending in .pt or .ts, got "
+        f"{source!r}."
     )
 
 

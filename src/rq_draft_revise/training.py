@@ -81,18 +81,19 @@ def open_output(args, accelerator: Accelerator) -> str | None:
     if not accelerator.is_main_process:
         return None
     output_dir = Path(args.output_dir)
-    if args.resume_from_checkpoint is None:
-        before = checkpoints_in(output_dir)
-        if (before or (output_dir / "train_log.jsonl").exists()) and not args.overwrite_output_dir:
-            raise ValueError(
-                f"--output_dir must not hold another run, got {output_dir}. --resume_from_checkpoint latest goes on "
-                "with it, --overwrite_output_dir begins anew and deletes its checkpoints."
-            )
-        for folder in before:
-            shutil.rmtree(folder)
+    is_resumed = args.resume_from_checkpoint is not None
+    before = [] if is_resumed else checkpoints_in(output_dir)
+    is_run = before or (output_dir / "train_log.jsonl").exists()
+    if is_run and not is_resumed and not args.overwrite_output_dir:
+        raise ValueError(
+            f"--output_dir must not hold another run, got {output_dir}. --resume_from_checkpoint latest goes on with "
+            "it, --overwrite_output_dir begins anew and deletes its checkpoints."
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
     repo_id = create_repository(args)
     args.hub_model_id = repo_id or args.hub_model_id  # which the card names
+    for folder in before:  # only now: the repository might have been refused
+        shutil.rmtree(folder)
     return repo_id
 
 

@@ -52,10 +52,9 @@ def validation_loss(
         The last bin is what a draft starts from, the first is what a revision sees.
     """
     height, width = validation_set.codes.shape[1:3]
-    masks = random_mask(len(validation_set.codes), height * width, torch.Generator().manual_seed(0))
-    is_contextual = isinstance(model, ContextualRQTransformerModel)
-    if not is_contextual:  # the baseline's loss is over all codes
-        masks = torch.ones_like(masks)
+    shape = len(validation_set.codes), height * width
+    is_contextual = isinstance(model, ContextualRQTransformerModel)  # the baseline's loss is over all codes
+    masks = random_mask(*shape, torch.Generator().manual_seed(0)) if is_contextual else torch.ones(*shape).bool()
     num_masked = masks.sum(1)
     bin_of_image = (num_masked * bins - 1) // (height * width)  # ceil(ratio * bins) - 1
     chunks = [(bin_of_image == b).nonzero()[:, 0] for b in range(bins)]
