@@ -44,10 +44,9 @@ from rq_draft_revise.training import (
     is_trained,
     load_models,
     load_pipeline,
-    make_accelerator,
-    open_output,
     train,
 )
+from rq_draft_revise.training_run import make_accelerator, open_output
 
 
 PIPELINES = {"contextual": "pipelines/cc3m-256-654m", "autoregressive": "pipelines/rq-cc3m-256-654m"}

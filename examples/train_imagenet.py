@@ -42,11 +42,10 @@ from rq_draft_revise.training import (
     is_trained,
     load_models,
     load_pipeline,
-    make_accelerator,
-    open_output,
     pipeline_config,
     train,
 )
+from rq_draft_revise.training_run import make_accelerator, open_output
 
 
 PIPELINES = {"contextual": "pipelines/imagenet-256-821m", "autoregressive": "pipelines/rq-imagenet-256-1.4b"}

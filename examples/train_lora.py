@@ -6,46 +6,55 @@
 `my-images` holds images and a `metadata.jsonl` of lines such as {"file_name": "1.png", "text": "a cat in my garden"};
 where all images show one thing, `--instance_prompt "a cat in my garden"` stands for all captions. The loss is that of
 the second stage: codes at random masks, given the others and the caption. Into `output_dir` the script writes
-`pytorch_lora_weights.safetensors`, a model card and `train_log.jsonl`; then
+`train_log.jsonl`, `checkpoint-<step>/` folders of the adapter to resume from, and at the end
+`pytorch_lora_weights.safetensors` and a model card; then
 
     pipe = DraftAndRevisePipeline.from_pretrained("pipelines/emoji-scenes")
     pipe.load_lora_weights("runs/my-lora")
 """
 
 import argparse
-import json
-import math
 import re
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline
-from rq_draft_revise.batches import Batch
-from rq_draft_revise.budget import learning_rate_at
-from rq_draft_revise.code_cache import encoded_rows
+from rq_draft_revise.batches import stored_batches
+from rq_draft_revise.code_cache import codes_in_memory, encoded_rows
 from rq_draft_revise.data import (
     SkippedRows,
     class_labels_of,
     describe_captions,
+    digest_of_rows,
     input_ids_of,
     is_empty,
     load_split,
     matched_classes,
-    training_order,
     without_empty,
 )
-from rq_draft_revise.divergence import NonFiniteGuard
-from rq_draft_revise.flags import FlagHelp, check_flags
-from rq_draft_revise.masks import draws_of_step
+from rq_draft_revise.flags import (
+    FlagHelp,
+    add_codes_flags,
+    add_optimization_flags,
+    add_output_flags,
+    check_flags,
+    tracked,
+)
 from rq_draft_revise.model_card import model_card
-from rq_draft_revise.publishing import create_repository, upload
-from rq_draft_revise.training import losses_of, make_accelerator
+from rq_draft_revise.publishing import upload
+from rq_draft_revise.splits import BatchSource
+from rq_draft_revise.training import train
+from rq_draft_revise.training_run import make_accelerator, open_output
 from rq_draft_revise.waiting import main_process_first
+
+
+ADAPTER = "adapter.safetensors"  # in a checkpoint
 
 
 def parse_args(argv=None):
@@ -60,9 +69,6 @@ def parse_args(argv=None):
     group.add_argument("--lora_dropout", type=float, default=0.0, help="Of what goes into the additions.")
     group.add_argument("--lora_layers", default="to_q,to_k,to_v,to_out.0",
                        help="The layers that are added to: ends of their names, separated by commas.")  # fmt: skip
-    group.add_argument(
-        "--gradient_checkpointing", action="store_true", help="Compute the blocks again in the backward pass."
-    )
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", help="Hub id, or a local folder that `datasets.load_dataset` reads.")
@@ -74,40 +80,26 @@ def parse_args(argv=None):
     group.add_argument("--instance_prompt", help="Caption of all images, in place of a column of captions.")
     group.add_argument("--random_flip", action="store_true", help="Mirror half of the images, chosen anew each epoch.")
 
-    group = parser.add_argument_group("optimization")
-    group.add_argument("--train_batch_size", type=int, default=4, help="Images per process and micro-batch.")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Micro-batches of a batch.")
-    group.add_argument("--max_train_steps", type=int, default=500, help="Optimizer steps.")
-    group.add_argument("--learning_rate", type=float, default=1e-3, help="After the warm-up.")
-    group.add_argument("--lr_scheduler", choices=["cosine", "constant"], default="constant", help="cosine ends at 0.")
-    group.add_argument("--lr_warmup_steps", type=int, default=0, help="Linear.")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="Of AdamW.")
-    group.add_argument("--adam_beta2", type=float, default=0.95, help="Of AdamW.")
-    group.add_argument("--adam_weight_decay", type=float, default=1e-4, help="Of AdamW.")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="0 does not clip.")
-    group.add_argument("--condition_dropout", type=float, default=0.1, help="Share of captions dropped, for guidance.")
-    group.add_argument("--max_nonfinite_steps", type=int, default=10,
-                       help="Steps whose loss or gradient is not finite are left out; so many in a row end the "
-                       "run.")  # fmt: skip
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: as accelerate configured.")
-    group.add_argument("--seed", type=int, default=0, help="Of all random numbers.")
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", default="lora-weights", help="Folder of the adapter, its card and the log.")
-    group.add_argument("--logging_steps", type=int, default=10, help="Steps between two lines of the log.")
-    group.add_argument("--validation_prompt",
-                       help="A text, or the name of a class, drawn with the adapter at the end into "
-                       "validation-*.png.")  # fmt: skip
-    group.add_argument("--num_validation_images", type=int, default=4, help="Images of --validation_prompt.")
-    group.add_argument(
-        "--push_to_hub", action="store_true", help="Upload the adapter, its card and the log to the Hub."
+    group = add_optimization_flags(
+        parser,
+        train_batch_size=(4, ""),
+        max_train_steps=(None, "Default: 500, where --num_train_epochs is not given."),
+        learning_rate=(1e-3, ""),
+        lr_scheduler=("constant", ""),
+        adam_beta1=(0.9, ""),
+        adam_beta2=(0.95, ""),
+        max_grad_norm=(1.0, ""),
+        ema_decay=(0.0, ""),
     )
-    group.add_argument("--hub_model_id", help="Default: the name of --output_dir, in your namespace.")
-    group.add_argument("--hub_token", help="Default: the one you are logged in with.")
-    group.add_argument("--hub_private_repo", action="store_true", help="Make a new repository private.")
+    add_codes_flags(group, condition_dropout=0.1)
 
-    # make_accelerator's: the log of a run so short is its file; and check_flags'
-    parser.set_defaults(report_to=None, data_files=None, filter_column=None, filter_min=None, filter_max=None)
+    group = add_output_flags(parser, "lora-weights", "adapter", "--validation_prompt is drawn into samples-<step>.png")
+    group.add_argument("--validation_prompt", help="A text, or the name of a class. Default: none is drawn.")
+    group.add_argument("--num_validation_images", type=int, default=4, help="Images of --validation_prompt.")
+    parser.set_defaults(logging_steps=10)
+
+    # check_flags': this script reads a handful of images
+    parser.set_defaults(data_files=None, filter_column=None, filter_min=None, filter_max=None)
     args = parser.parse_args(argv)
     if args.dataset_name is None and args.train_data_dir is None:
         raise ValueError("Give the images by --dataset_name or --train_data_dir, got neither.")
@@ -125,6 +117,8 @@ def parse_args(argv=None):
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     if not 0 <= args.lora_dropout < 1:
         raise ValueError(f"--lora_dropout must lie in [0, 1), got {args.lora_dropout}.")
+    if args.max_train_steps is None and args.num_train_epochs is None:
+        args.max_train_steps = 500
     return args
 
 
@@ -226,7 +220,7 @@ def encode_images(args, dataset, pipe, device, skipped=None) -> tuple[list[int],
         random_flip=args.random_flip, skipped=skipped,
     )  # fmt: skip
     batches_of_rows, batches_of_codes = zip(*encoded)
-    rows, codes = sum(batches_of_rows, []), torch.cat(batches_of_codes).long().to(device)
+    rows, codes = sum(batches_of_rows, []), torch.cat(batches_of_codes)
     if codes.shape[2:4] != (config.height, config.width):
         raise ValueError(
             f"The transformer must have the RQ-VAE's {codes.shape[2]}x{codes.shape[3]} positions, got "
@@ -235,43 +229,57 @@ def encode_images(args, dataset, pipe, device, skipped=None) -> tuple[list[int],
     return rows, codes
 
 
+def adapt(args, transformer) -> None:
+    """Freeze the transformer and add an adapter, which alone trains: in float32, also on top of half precision."""
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.rank if args.lora_alpha is None else args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        init_lora_weights="gaussian",
+        target_modules=lora_layers(args, transformer),
+    )
+    transformer.requires_grad_(False)
+    transformer.add_adapter(config)
+
+
+def checkpoint_adapter_alone(accelerator, transformer) -> None:
+    """Have accelerate's checkpoints hold the adapter in place of the whole model."""
+    trained = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+
+    def save(models, weights, folder):
+        weights.clear()
+        if accelerator.is_main_process:
+            save_file({name: parameter.detach() for name, parameter in trained.items()}, Path(folder) / ADAPTER)
+
+    @torch.no_grad()
+    def load(models, folder):
+        models.clear()
+        saved = load_file(Path(folder) / ADAPTER)
+        if {name: tensor.shape for name, tensor in saved.items()} != {n: p.shape for n, p in trained.items()}:
+            raise ValueError(f"{ADAPTER} is of other layers or another rank")
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
 def main(args):
     accelerator = make_accelerator(args)  # seeds all processes the same, so that they start from the same adapter
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(f"An adapter trains by data parallelism (DDP), got {accelerator.distributed_type.value}.")
 
-    # 1. The pipeline, frozen, and the adapter, which alone trains: in float32, also on top of half precision
+    # 1. The pipeline and the adapter
     pipe = load_pipeline(args)
     check_prompts(args, pipe)
-    target_modules = lora_layers(args, pipe.transformer)
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    repo_id = create_repository(args) if accelerator.is_main_process else None
+    adapt(args, pipe.transformer)
+    repo_id = open_output(args, accelerator)
+    pipe.vae.requires_grad_(False)
     pipe.to(accelerator.device)
-    vae, transformer = pipe.vae, pipe.transformer
-    vae.requires_grad_(False)
-    transformer.requires_grad_(False)
-    transformer.add_adapter(
-        LoraConfig(
-            r=args.rank,
-            lora_alpha=args.rank if args.lora_alpha is None else args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            init_lora_weights="gaussian",
-            target_modules=target_modules,
-        )
-    )
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-    )
-    model, optimizer = accelerator.prepare(transformer.train(), optimizer)
-    set_seed(args.seed, device_specific=True)
+    checkpoint_adapter_alone(accelerator, pipe.transformer)
 
     # 2. The images, as codes
-    config, columns = transformer.config, {}
+    config, columns = pipe.transformer.config, {}
     if config.text_vocab_size is not None and args.instance_prompt is None:
         columns["caption_column"] = args.caption_column
     if config.num_classes is not None:
@@ -289,114 +297,61 @@ def main(args):
     for column in columns.values():
         dataset = without_empty(dataset, column, skipped)
     condition_name, conditions = load_condition(args, dataset, pipe, accelerator.print)
-    rows_of_images, codes_of_images = encode_images(args, dataset, pipe, accelerator.device, skipped)
-    conditions = None if conditions is None else conditions[rows_of_images]
-    num_images = len(rows_of_images)
-    total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    accelerator.print(
-        f"adapter: {sum(p.numel() for p in trainable):,} parameters of rank {args.rank}\n"
-        f"images: {num_images:,}; skipped rows: {skipped}; total batch {total_batch_size:,}; "
-        f"{args.max_train_steps:,} steps"
-    )
+    rows, codes = encode_images(args, dataset, pipe, accelerator.device, skipped)
+    conditions = None if conditions is None else conditions[rows]
+    values = [dataset[column][:] for column in columns.values()]
+    digest = digest_of_rows(dataset, args.image_column, *values)
+
+    def batches_from(images_seen, place):
+        return stored_batches(
+            codes_in_memory(codes), conditions, len(rows), images_seen, args.train_batch_size, args.seed, accelerator
+        )
 
     # 3. Training
-    order = training_order(
-        num_images, 0, args.train_batch_size, accelerator.process_index, accelerator.num_processes, args.seed
+    if args.report_to is not None:
+        accelerator.init_trackers("train_lora", config=tracked(args))
+    sample_condition = {}
+    if args.validation_prompt is None:
+        args.num_validation_images = 0
+    else:
+        argument = "prompt" if config.num_classes is None else "class_labels"
+        sample_condition = {argument: [args.validation_prompt] * args.num_validation_images}
+    is_finished = train(
+        args,
+        accelerator,
+        pipe,
+        condition_name,
+        BatchSource(batches_from, digest),
+        len(rows),
+        validation_sets={},
+        sample_condition=sample_condition,
+        skipped=skipped,
+        export=partial(export_adapter, num_images=len(rows)),
     )
-    num_parts = accelerator.num_processes * args.gradient_accumulation_steps
-    guard = NonFiniteGuard(accelerator, args.max_nonfinite_steps)
-    max_grad_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
-    started, mean = time.monotonic(), math.nan
-    loss_sum, window, steps_taken = torch.zeros((), device=accelerator.device), 0, 0
-    log = (output_dir / "train_log.jsonl").open("w", buffering=1) if accelerator.is_main_process else None
-    for step in range(args.max_train_steps):
-        learning_rate = learning_rate_at(
-            step, step / args.max_train_steps, args.learning_rate, args.lr_scheduler, args.lr_warmup_steps
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        draws = draws_of_step(total_batch_size, transformer.num_positions, args.condition_dropout, args.seed, step)
-        step_loss = torch.zeros_like(loss_sum)
-        for micro_batch in range(args.gradient_accumulation_steps):
-            first = (micro_batch * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
-            own = draws.part(first, args.train_batch_size)
-            indices, flips = next(order)
-            codes = codes_of_images[indices, flips.long() if args.random_flip else 0]  # (B, h, w, D)
-            condition = None if conditions is None else conditions[indices].to(accelerator.device)  # (B, L) or (B,)
-            with accelerator.accumulate(model):
-                batch = Batch(codes, condition)
-                loss = losses_of(model, transformer, batch, condition_name, own, draws, num_parts)["loss"]
-                accelerator.backward(loss)
-            step_loss += loss.detach() / args.gradient_accumulation_steps
-        if guard.accepts(step_loss, accelerator.clip_grad_norm_(trainable, max_grad_norm)):
-            optimizer.step()
-            loss_sum += step_loss
-            window, steps_taken = window + 1, steps_taken + 1
-        optimizer.zero_grad()
-        if (step + 1) % args.logging_steps == 0 or step + 1 == args.max_train_steps:
-            means = {"loss": accelerator.reduce(loss_sum / window, "mean").item()} if window else {}
-            mean = means.get("loss", mean)
-            seconds = round(time.monotonic() - started, 2)
-            if log is not None:
-                entry = {"step": step + 1, **means, "learning_rate": learning_rate,
-                         "skipped_steps": guard.num_skipped, "seconds": seconds}  # fmt: skip
-                log.write(json.dumps(entry) + "\n")
-                loss = f"loss {mean:.4f}" if means else "no finite step"
-                print(f"step {step + 1}/{args.max_train_steps} {loss} lr {learning_rate:.2e}", flush=True)
-            loss_sum, window = torch.zeros_like(loss_sum), 0
-
-    # 4. The adapter, its card, and a look at it
-    layers = get_peft_model_state_dict(transformer)
-    # A loss that is not finite at the end is that of the adapter, which no further step has changed.
-    is_usable = steps_taken > 0 and accelerator.reduce(step_loss, "mean").isfinite().item()
-    if not is_usable or not all(layer.isfinite().all() for layer in layers.values()):
-        raise RuntimeError(
-            f"The adapter is not saved: after {steps_taken:,} finite steps of {args.max_train_steps:,} its loss or "
-            "weights are NaN or infinite, or no step was finite. Usual causes: a learning rate too high "
-            "(--learning_rate), or float16 in a run too short to find its scale (--mixed_precision)."
-        )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        log.close()
-        transformer.eval()
-        DraftAndRevisePipeline.save_lora_weights(
-            output_dir,
-            transformer_lora_layers=layers,
-            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
-        )
-        pictures = save_validation_images(args, pipe, output_dir) if args.validation_prompt else []
-        write_adapter_card(args, pipe, repo_id or output_dir.as_posix(), num_images, mean, pictures)
+    if is_finished and accelerator.is_main_process:
         upload(args, repo_id)
-        print(f"Saved to {output_dir} after {args.max_train_steps:,} steps.")
     accelerator.end_training()
 
 
-def save_validation_images(args, pipe, output_dir) -> list[str]:
-    """Draw --validation_prompt, or its class, with the adapter. Returns the names of the files."""
-    pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_validation_images)]
-    given = {"prompt": args.validation_prompt}
-    if pipe.transformer.config.num_classes is not None:
-        given = {"class_labels": args.validation_prompt}
-    images = pipe(**given, num_images_per_prompt=len(generators), generator=generators).images
-    names = [f"validation-{i}.png" for i in range(len(images))]
-    for name, image in zip(names, images):
-        image.save(output_dir / name)
-    return names
-
-
-def write_adapter_card(args, pipe, repo_id, num_images, loss, pictures) -> None:
+def export_adapter(args, accelerator, pipe, model, training, sample_condition, num_images) -> None:
+    """Write the adapter and its card: see [`rq_draft_revise.training.export_pipeline`]."""
+    if not accelerator.is_main_process:
+        return
+    transformer = pipe.transformer
+    DraftAndRevisePipeline.save_lora_weights(
+        args.output_dir,
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+    )
     source = args.dataset_name or Path(args.train_data_dir).name
     about = f", all with the caption *{args.instance_prompt}*" if args.instance_prompt else ""
-    training = (
-        f"`examples/train_lora.py`: rank {args.rank}, {args.max_train_steps:,} steps, {args.train_batch_size} images "
-        f"a process and micro-batch, learning rate {args.learning_rate:g}; loss at the end {loss:.3f}."
-    )
-    if pictures:
-        training += f"\n\n*{args.validation_prompt}*\n\n" + " ".join(f"![]({name})" for name in pictures)
+    training = f"`examples/train_lora.py`: rank {args.rank}, {training}"
+    grids = sorted(Path(args.output_dir).glob("samples-*.png"))
+    if args.validation_prompt and grids:
+        training += f"\n\n*{args.validation_prompt}*\n\n![]({grids[-1].name})"
     card = model_card(
         pipe,
-        repo_id,
+        args.hub_model_id or Path(args.output_dir).as_posix(),
         ModelCardData(datasets=args.dataset_name if args.push_to_hub else None),
         data=f"{num_images:,} images of `{source}`{about}.",
         training=training,

@@ -33,18 +33,15 @@ checkpoint is written and the run ends.
 import argparse
 import math
 from collections import defaultdict
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import DistributedType
 from PIL import Image
-from tqdm.auto import tqdm
 
 from rq_draft_revise import RQVAEModel
 from rq_draft_revise.batches import drawn_images, streamed_images
-from rq_draft_revise.budget import Budget, learning_rate_at, warmup_at
-from rq_draft_revise.checkpoints import save_checkpoint
+from rq_draft_revise.budget import learning_rate_at, warmup_at
 from rq_draft_revise.data import (
     CODES_COLUMN,
     SkippedRows,
@@ -60,30 +57,27 @@ from rq_draft_revise.discriminator import (
     adversarial_loss,
     discriminator_hinge_loss,
 )
-from rq_draft_revise.divergence import NonFiniteGuard
 from rq_draft_revise.flags import (
     FlagHelp,
     add_data_flags,
     add_flip_and_crop_flags,
+    add_optimization_flags,
+    add_output_flags,
     add_validation_flags,
     check_flags,
     tracked,
 )
-from rq_draft_revise.interruption import StopSignal
 from rq_draft_revise.losses import PerceptualLoss, reconstruction_loss
 from rq_draft_revise.publishing import upload
 from rq_draft_revise.splits import load_splits, num_streamed, seen_rows
-from rq_draft_revise.training import (
-    AveragedWeights,
-    check_resolution,
-    gathered,
-    load_progress,
-    load_vae,
+from rq_draft_revise.training import check_resolution, load_vae
+from rq_draft_revise.training_run import (
+    TrainingRun,
+    averaged_weights,
+    exported_weights,
     make_accelerator,
     open_output,
-    run_length,
 )
-from rq_draft_revise.training_log import LogWindow, TrainingLog
 
 
 def parse_args(argv=None):
@@ -93,9 +87,6 @@ def parse_args(argv=None):
     group.add_argument("--vae_config", help="config.json, or a folder with one: train from scratch.")
     group.add_argument("--vae", help="Folder or Hub id of an RQ-VAE to fine-tune.")
     group.add_argument("--pretrained_model_name_or_path", help="Pipeline whose `vae` subfolder is fine-tuned.")
-    group.add_argument("--gradient_checkpointing", action="store_true",
-                       help="Compute activations again in the backward pass: less memory, more time.")  # fmt: skip
-    group.add_argument("--compile", action="store_true", help="torch.compile the encoder's and the decoder's blocks.")
 
     group = parser.add_argument_group("losses")
     group.add_argument("--reconstruction_loss", choices=["mse", "l1", "both"], default="mse", help="Paper: mse.")
@@ -126,56 +117,21 @@ def parse_args(argv=None):
     group.add_argument("--cache_images_in_memory", action="store_true",
                        help="Decode every image once, into one uint8 tensor per process.")  # fmt: skip
 
-    group = parser.add_argument_group("optimization")
-    group.add_argument("--train_batch_size", type=int, default=32,
-                       help="Images per process and micro-batch. Paper: 128 in all, such as 32 in 4 "
-                       "processes.")  # fmt: skip
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1,
-                       help="Micro-batches an optimizer step.")  # fmt: skip
-    group.add_argument("--num_train_epochs", type=int, default=10,
-                       help="Paper: 10, and 50 for the better of its models.")  # fmt: skip
-    group.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides --num_train_epochs.")
-    group.add_argument("--max_train_seconds", type=float, help="Stop cleanly after this long, the learning rate's "
-                       "cosine at 0.")  # fmt: skip
-    group.add_argument("--learning_rate", type=float, default=4e-5, help="Of Adam, after the warm-up. Paper: 4e-5.")
-    group.add_argument("--lr_scheduler", choices=["cosine", "constant"], default="constant",
-                       help="After the warm-up. Paper: constant.")  # fmt: skip
-    group.add_argument("--lr_warmup_steps", type=int,
-                       help="Linear. Default: half an epoch as in the paper, but at most a tenth of the run, in steps "
-                       "or in --max_train_seconds; of a stream, always that.")  # fmt: skip
-    group.add_argument("--adam_beta1", type=float, default=0.5, help="Of Adam. Paper: 0.5.")
-    group.add_argument("--adam_beta2", type=float, default=0.9, help="Of Adam. Paper: 0.9.")
-    group.add_argument("--max_grad_norm", type=float, default=0.0,
-                       help="Of the RQ-VAE and of the discriminator; 0 does not clip. Paper: 0.")  # fmt: skip
-    group.add_argument("--max_nonfinite_steps", type=int, default=10,
-                       help="A step with a NaN or infinite loss or gradient is left out; so many in a row end the "
-                       "run.")  # fmt: skip
-    group.add_argument("--ema_decay", type=float, default=0.999,
-                       help="Of the exported weights; 0 turns averaging off. Not published. (The codebook's decay is "
-                       "in the model's config: 0.99.)")  # fmt: skip
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: as accelerate configured.")
-    group.add_argument("--seed", type=int, default=0, help="Of all random numbers.")
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", default="rqvae-model", help="Folder of the log, checkpoints and the model.")
-    group.add_argument("--logging_steps", type=int, default=50, help="Steps between two lines of the log.")
-    group.add_argument("--validation_steps", type=int, default=1000,
-                       help="Steps between two validations: metrics and a grid of reconstructions.")  # fmt: skip
+    add_optimization_flags(
+        parser,
+        train_batch_size=(32, "Paper: 128 in all, such as 32 in 4 processes."),
+        num_train_epochs=(10, "Paper: 10, and 50 for the better of its models."),
+        learning_rate=(4e-5, "Paper: 4e-5."),
+        lr_scheduler=("constant", "Paper: constant."),
+        lr_warmup_steps=(None, "Default: half an epoch as in the paper, but at most a tenth of the run, in steps or "
+                         "in --max_train_seconds; of a stream, always that."),
+        adam_beta1=(0.5, "Paper: 0.5."),
+        adam_beta2=(0.9, "Paper: 0.9."),
+        max_grad_norm=(0.0, "Of the RQ-VAE, and of the discriminator. Paper: 0."),
+        ema_decay=(0.999, "Not published. (The codebook's decay is in the model's config: 0.99.)"),
+    )  # fmt: skip
+    group = add_output_flags(parser, "rqvae-model", "model", "metrics and a grid of reconstructions")
     group.add_argument("--validation_batch_size", type=int, help="Default: --train_batch_size.")
-    group.add_argument("--max_validation_images", type=int, default=5000,
-                       help="Images of each validation split. Every process holds them in memory, and as many of "
-                       "the training split.")  # fmt: skip
-    group.add_argument("--checkpointing_steps", type=int, default=1000, help="Steps between two checkpoints.")
-    group.add_argument("--checkpoints_total_limit", type=int, help="Keep so many, the newest. Default: all.")
-    group.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' for the newest, if any.")
-    group.add_argument("--overwrite_output_dir", action="store_true",
-                       help="Begin anew where a run is; its checkpoints are deleted.")  # fmt: skip
-    group.add_argument("--report_to", help="tensorboard, wandb, trackio or another tracker of accelerate's, or 'all', "
-                       "besides the JSON lines.")  # fmt: skip
-    group.add_argument("--push_to_hub", action="store_true", help="Upload the model, its log and a grid at the end.")
-    group.add_argument("--hub_model_id", help="Repository to push to. Default: the name of --output_dir.")
-    group.add_argument("--hub_token", help="Default: of `hf auth login`.")
-    group.add_argument("--hub_private_repo", action="store_true", help="Make a new repository private.")
 
     args = parser.parse_args(argv)
     if sum(source is not None for source in (args.vae_config, args.vae, args.pretrained_model_name_or_path)) != 1:
@@ -200,15 +156,14 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------------------------------------------------- data
 
 
-def pixel_batches(args, accelerator, dataset, images, images_seen, place, skipped):
+def pixel_batches(args, accelerator, dataset, images, run, skipped):
     """Yield pixel values `(B, 3, H, W)` on the device, for ever, and of a stream the place after them, else None.
 
-    They come from decoded `images` or, if None, from `dataset`, after the `images_seen` that all processes together
-    have read, or in a stream after `place`.
+    They come from decoded `images` or, if None, from `dataset`, after those that the run has seen.
     """
     if images is not None:
         for rows, flips in training_order(
-            len(images), images_seen, args.train_batch_size, accelerator.process_index, accelerator.num_processes,
+            len(images), run.images_seen, args.train_batch_size, accelerator.process_index, accelerator.num_processes,
             args.seed,
         ):  # fmt: skip
             batch = images[rows].to(accelerator.device, non_blocking=True)
@@ -220,15 +175,58 @@ def pixel_batches(args, accelerator, dataset, images, images_seen, place, skippe
         num_workers=args.dataloader_num_workers, skipped=skipped,
     )  # fmt: skip
     if args.streaming:
-        streamed = streamed_images(dataset, start=place, buffer_size=args.shuffle_buffer_size, **arguments)
+        streamed = streamed_images(
+            dataset, start=run.place or (0, 0), buffer_size=args.shuffle_buffer_size, **arguments
+        )
         for batch, _, place_after in streamed:
             yield to_pixel_values(batch), place_after
     else:
-        for batch, _, _ in drawn_images(dataset, start=images_seen, **arguments):
+        for batch, _, _ in drawn_images(dataset, start=run.images_seen, **arguments):
             yield to_pixel_values(batch), None
 
 
 # --------------------------------------------------------------------------------------------------------- steps
+
+
+def backward_rqvae(args, accelerator, rqvae, out, pixel_values, perceptual_loss=None, discriminator=None):
+    """Add the gradient of the RQ-VAE's loss on a micro-batch. Returns what the log says of it.
+
+    The losses are differentiated down to the pixels, once each; from there one backward pass takes their weighted sum
+    through the decoder: the adaptive weight costs no second pass through VGG16.
+
+    Args:
+        out: Of the RQ-VAE in training, for `pixel_values` `(B, 3, H, W)` in [-1, 1].
+        perceptual_loss, discriminator (*optional*): Without one its loss is left out.
+    """
+    sample = out.sample.detach().requires_grad_()
+    loss, mse = reconstruction_loss(sample, pixel_values, args.reconstruction_loss)
+    values = {"mse": mse, "reconstruction_loss": loss}
+    if perceptual_loss is not None:
+        values["perceptual_loss"] = perceptual_loss(sample, pixel_values)
+        loss = loss + args.perceptual_weight * values["perceptual_loss"]
+    (pixel_gradient,) = torch.autograd.grad(loss, sample)
+    if discriminator is not None:
+        scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
+        values["adversarial_loss"] = adversarial_loss(discriminator(sample))
+        (adversarial_gradient,) = torch.autograd.grad(scale * values["adversarial_loss"], sample)
+        adversarial_gradient = adversarial_gradient / scale
+        norms = last_layer_gradients(rqvae, out.sample, pixel_gradient, adversarial_gradient, scale, accelerator)
+        weight = args.adversarial_weight * adaptive_weight(*norms, maximum=args.max_adaptive_weight)
+        values["adversarial_weight"] = weight
+        pixel_gradient = pixel_gradient + weight * adversarial_gradient
+    commitment = rqvae.config.commitment_weight * out.commitment_loss
+    accelerator.backward((out.sample * pixel_gradient).sum() + commitment)
+    # Without the adversarial loss, which measures no distance, only who is ahead at the moment.
+    return values | {"loss": loss + commitment, "commitment_loss": out.commitment_loss}
+
+
+def backward_discriminator(accelerator, discriminator, out, pixel_values):
+    """Add the gradient of the discriminator's loss on a micro-batch. Returns what the log says of it."""
+    # One pass for both: DDP wants one forward for a backward, and GroupNorm keeps images apart.
+    real, fake = discriminator(torch.cat([pixel_values, out.sample.detach()])).chunk(2)
+    loss = discriminator_hinge_loss(real, fake)
+    accelerator.backward(loss)
+    return {"discriminator_loss": loss, "discriminator_real": real.mean(), "discriminator_fake": fake.mean()}
 
 
 def last_layer_gradients(rqvae, sample, pixel_gradient, adversarial_gradient, scale, accelerator):
@@ -261,16 +259,9 @@ def step_together(optimizers, scaler):
 # ----------------------------------------------------------------------------------------------------------- log
 
 
-def window_means(window):
-    """What the log says of the steps since its last line: means over steps and processes. Waits for the device."""
-    means = window.means()
-    if means:
-        means["psnr"] = 10 * math.log10(4 / max(means["mse"], 1e-10))  # the range has length 2, its square is 4
-    return means
-
-
-def described(means):
-    """The same for a person."""
+def summarize(means):
+    """What the log says of the steps since its last line, for a machine and for a person."""
+    means["psnr"] = 10 * math.log10(4 / max(means["mse"], 1e-10))  # the range has length 2, its square is 4
     parts = [f"loss {means['loss']:.5f} mse {means['mse']:.5f} commitment {means['commitment_loss']:.5f}"]
     if "perceptual_loss" in means:
         parts.append(f"lpips {means['perceptual_loss']:.4f}")
@@ -279,7 +270,7 @@ def described(means):
     if "discriminator_loss" in means:
         parts.append(f"discriminator {means['discriminator_loss']:.3f}")
     parts.append(f"usage {' '.join(f'{u:.3f}' for u in means['usage'])} restarts {sum(means['restarts']):.1f}")
-    return " " + " ".join(parts)
+    return means, " ".join(parts)
 
 
 # ---------------------------------------------------------------------------------------------------- validation
@@ -333,67 +324,112 @@ def save_reconstructions(rqvae, images, path, accelerator, columns=8):
 # ----------------------------------------------------------------------------------------------------------- main
 
 
-def main(args):
-    accelerator = make_accelerator(args)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        # A hundred million parameters fit everywhere; the adaptive weight needs the decoder's last layer whole.
-        raise ValueError(f"An RQ-VAE trains by data parallelism (DDP), got {accelerator.distributed_type.value}.")
-
-    # 1. Model
+def load_rqvae(args):
+    """What trains: fresh from a configuration, or to be fine-tuned."""
     if args.vae_config is not None:
         rqvae = RQVAEModel.from_config(RQVAEModel.load_config(args.vae_config))
     else:
         rqvae = load_vae(args.pretrained_model_name_or_path, args.vae)
     check_resolution(args, rqvae)
     rqvae.register_to_config(sample_size=args.resolution)
+    return rqvae
+
+
+def check_size(args, least, loss):
+    """Refuse, with a ValueError, images that are too small for the loss of the flag `--{loss}_weight`."""
+    if args.resolution < least:
+        raise ValueError(
+            f"--resolution must be at least {least} for the {loss} loss, got {args.resolution}; --{loss}_weight 0 "
+            "trains without."
+        )
+
+
+class Schedule:
+    """When the learning rate has warmed up, and from when on the RQ-VAE sees the discriminator's gradient.
+
+    By default both warm up for half an epoch, but at most a tenth of the run: a budget in seconds may be over long
+    before the steps are, so they keep to a tenth of it, too.
+
+    Attributes:
+        lr_warmup: Steps and, where that is to count too, the share of the budget, for [`learning_rate_at`].
+        adversarial_start_step (`int`): Of the first adversarial loss, unless the share of the budget is used before.
+    """
+
+    def __init__(self, args, run):
+        default = run.max_train_steps // 10
+        if not args.streaming:  # whose length may be known in one start and not in the next, which resumes
+            default = min(default, math.ceil(0.5 * run.num_images / run.total_batch_size))
+        share = None if args.max_train_seconds is None else 0.1
+        self.lr_warmup = (default, share) if args.lr_warmup_steps is None else (args.lr_warmup_steps, None)
+        warmup_steps, self._share = args.discriminator_warmup_steps, None
+        if warmup_steps is None:
+            warmup_steps, self._share = default, share
+        self.adversarial_start_step = args.discriminator_start_step + warmup_steps
+
+    def describe(self, args):
+        """The warm-up and the losses, for a person."""
+        steps, share = self.lr_warmup
+        losses = f"{args.reconstruction_loss}, LPIPS x {args.perceptual_weight}"
+        losses += f", adversarial x {args.adversarial_weight}"
+        if args.adversarial_weight > 0:
+            losses += f" from step {self.adversarial_start_step:,}"
+            losses += " or after a tenth of the seconds" if self._share else ""
+            losses += f" (the discriminator learns from step {args.discriminator_start_step:,})"
+        return (
+            f"learning rate {args.learning_rate:.2e} after {steps:,} steps "
+            + ("or a tenth of the seconds " if share else "")
+            + f"of warm-up\nlosses: {losses}"
+        )
+
+    def is_adversarial(self, run, fraction):
+        """Whether the RQ-VAE sees the discriminator, which learns by now. Notes in the run's marks since when."""
+        marks = run.marks
+        if marks["discriminator_started"] is None:
+            marks["discriminator_started"] = fraction
+        is_over = self._share is not None and fraction >= marks["discriminator_started"] + self._share
+        if marks["adversarial_started"] is None and (run.step >= self.adversarial_start_step or is_over):
+            marks["adversarial_started"] = run.step
+        return marks["adversarial_started"] is not None
+
+
+def main(args):
+    accelerator = make_accelerator(args)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        # A hundred million parameters fit everywhere; the adaptive weight needs the decoder's last layer whole.
+        raise ValueError(f"An RQ-VAE trains by data parallelism (DDP), got {accelerator.distributed_type.value}.")
+
+    # 1. Models
+    rqvae = load_rqvae(args)
     if args.gradient_checkpointing:
         rqvae.enable_gradient_checkpointing()
-    optimizer = torch.optim.Adam(rqvae.parameters(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = torch.optim.Adam(rqvae.parameters(), lr=args.learning_rate, betas=betas)
     # `model` is what trains (wrapped for several processes, autocast); `rqvae` stays the module inside it.
     model, optimizer = accelerator.prepare(rqvae.train(), optimizer)
-
     if args.compile:
         # Block by block: the decoder's last layer, whose gradient the adaptive weight asks for, stays out of it.
         for part in (rqvae.encoder, rqvae.decoder.mid_block, *rqvae.decoder.up_blocks):
             part.compile()
-
-    perceptual_loss, discriminator = None, None
+    trained, perceptual_loss, discriminator = [model], None, None
     if args.perceptual_weight > 0:
-        if args.resolution < PerceptualLoss.minimum_size:
-            raise ValueError(
-                f"--resolution must be at least {PerceptualLoss.minimum_size} for the perceptual loss, got "
-                f"{args.resolution}; --perceptual_weight 0 trains without."
-            )
+        check_size(args, PerceptualLoss.minimum_size, "perceptual")
         with accelerator.local_main_process_first():  # one process downloads what the others then find
             perceptual_loss = PerceptualLoss(args.lpips_weights).to(accelerator.device)
-    trained = [model]
     if args.adversarial_weight > 0:
         discriminator = PatchDiscriminator(rqvae.config.out_channels, args.discriminator_channels)
-        if args.resolution < discriminator.minimum_size:
-            raise ValueError(
-                f"--resolution must be at least {discriminator.minimum_size} for the discriminator, got "
-                f"{args.resolution}; --adversarial_weight 0 trains without."
-            )
+        check_size(args, discriminator.minimum_size, "adversarial")
         if args.discriminator_learning_rate is None:
             args.discriminator_learning_rate = args.learning_rate
         discriminator_optimizer = torch.optim.Adam(
-            discriminator.parameters(),
-            lr=args.discriminator_learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
+            discriminator.parameters(), lr=args.discriminator_learning_rate, betas=betas
         )
         discriminator_model, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
         trained.append(discriminator_model)
-
     # The average covers the parameters. The codebook is exported live: it already is an average of the latents (decay
     # 0.99, some hundred steps), and averaging it over again would mix the vector of a restarted code with the dead one
     # that it replaced. The two agree as far as the learning rate has gone to 0 in the end.
-    ema = None
-    if args.ema_decay > 0:
-        ema = AveragedWeights(rqvae.parameters(), args.ema_decay)
-        ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(ema)
+    ema = averaged_weights(args, accelerator, rqvae.parameters())
     repo_id = open_output(args, accelerator)
-    output_dir = Path(args.output_dir)
 
     # 2. Data
     train_dataset, validation_datasets = load_splits(args, accelerator)
@@ -415,269 +451,126 @@ def main(args):
         seen = seen_rows(train_dataset, max(map(len, validation_images.values())), args.image_column)
         seen_images = decode_all(seen, skipped=SkippedRows("the images compared", 0), stand_in=False, **decoding)
 
-    # 3. Length of the run
-    num_images = num_streamed(train_dataset, args) if args.streaming else len(train_dataset)
-    total_batch_size, max_train_steps = run_length(args, accelerator, num_images)
-    default_warmup_steps = max_train_steps // 10
-    if not args.streaming:  # whose length may be known in one start and not in the next, which resumes
-        default_warmup_steps = min(default_warmup_steps, math.ceil(0.5 * num_images / total_batch_size))
-    lr_warmup_steps = default_warmup_steps if args.lr_warmup_steps is None else args.lr_warmup_steps
-    discriminator_warmup_steps = (
-        default_warmup_steps if args.discriminator_warmup_steps is None else args.discriminator_warmup_steps
-    )
-    adversarial_start_step = args.discriminator_start_step + discriminator_warmup_steps
-    # A budget in seconds may be over long before the steps are: the defaults keep to a tenth of it, too.
-    lr_warmup_share = discriminator_warmup_share = None
-    if args.max_train_seconds is not None:
-        lr_warmup_share = 0.1 if args.lr_warmup_steps is None else None
-        discriminator_warmup_share = 0.1 if args.discriminator_warmup_steps is None else None
-    digest = None if args.streaming else digest_of_rows(train_dataset, args.image_column)
-    data = {"num_images": num_images, "max_train_steps": max_train_steps, "data_digest": digest}
-    progress, place = load_progress(args, accelerator, data)
-    step, images_seen = progress["step"], progress["images"]
-    # The share of the budget used when the discriminator began to learn, and the step of the first adversarial loss.
-    discriminator_started = progress.get("discriminator_started")
-    adversarial_started = progress.get("adversarial_started")
-    log = TrainingLog(accelerator, output_dir, step)
+    # 3. The run, which a checkpoint may have brought on its way. Marks: the share of the budget used when the
+    # discriminator began to learn, and the step of the first adversarial loss.
     if args.report_to is not None:
         accelerator.init_trackers("rqvae", config=tracked(args))
-
-    losses = f"{args.reconstruction_loss}, LPIPS x {args.perceptual_weight}, adversarial x {args.adversarial_weight}"
-    if discriminator is not None:
-        losses += (
-            f" from step {adversarial_start_step:,}"
-            + (" or after a tenth of the seconds" if discriminator_warmup_share else "")
-            + " (discriminator of "
-            f"{sum(p.numel() for p in discriminator.parameters()):,} parameters, from step "
-            f"{args.discriminator_start_step:,})"
-        )
+    num_images = num_streamed(train_dataset, args) if args.streaming else len(train_dataset)
+    digest = None if args.streaming else digest_of_rows(train_dataset, args.image_column)
+    run = TrainingRun(args, accelerator, num_images, digest, discriminator_started=None, adversarial_started=None)
+    schedule = Schedule(args, run)
     accelerator.print(
         f"parameters: {sum(p.numel() for p in rqvae.parameters()):,} + codebook of "
         f"{rqvae.config.codebook_size:,} x {rqvae.config.latent_channels} at {rqvae.config.code_depth} depths\n"
         f"images: {'unknown number of' if num_images is None else f'{num_images:,}'} training"
         + "".join(f", {len(images):,} {name}" for name, images in validation_images.items())
         + f", at {args.resolution}x{args.resolution}; skipped rows: {skipped}\n"
-        f"total batch: {total_batch_size:,} = {args.train_batch_size} x {accelerator.num_processes} processes x "
-        f"{args.gradient_accumulation_steps} micro-batches\n"
-        f"steps: {max_train_steps:,}"
-        + (f" ({max_train_steps * total_batch_size / num_images:.1f} epochs)" if num_images else "")
-        + (f" or {args.max_train_seconds:,.0f} seconds" if args.max_train_seconds else "")
-        + f", from step {step:,}; learning rate {args.learning_rate:.2e} after {lr_warmup_steps:,} steps "
-        + ("or a tenth of the seconds " if lr_warmup_share else "")
-        + f"of warm-up\nlosses: {losses}"
+        f"{run.length()}; {schedule.describe(args)}"
     )
 
     def validate():
+        """Metrics of the weights that would be exported, and a grid of reconstructions."""
         rqvae.eval()
-        if ema is not None:
-            ema.store(rqvae.parameters())
-            ema.copy_to(rqvae.parameters())
         batch_size = args.validation_batch_size or args.train_batch_size
-        # The same weights in the same mode on training images. Apart from overfitting, this shows a codebook that
-        # serves the batch at hand and nothing else: then the training loss falls while both numbers here are bad.
-        train = reconstruction_metrics(rqvae, seen_images, batch_size, accelerator)
-        held_back = {
-            name: reconstruction_metrics(rqvae, images, batch_size, accelerator)
-            for name, images in validation_images.items()
-        }
-        if accelerator.is_main_process:
-            path = output_dir / f"reconstructions-{step:07d}.png"
-            save_reconstructions(rqvae, next(iter(validation_images.values()))[:16], path, accelerator)
-            log.write_image("reconstructions", path, step)
-        if ema is not None:
-            ema.restore(rqvae.parameters())
+        with exported_weights(ema, rqvae.parameters()):
+            # The same weights in the same mode on training images. Apart from overfitting, this shows a codebook that
+            # serves the batch at hand and nothing else: then the training loss falls while both numbers here are bad.
+            train = reconstruction_metrics(rqvae, seen_images, batch_size, accelerator)
+            held_back = {
+                name: reconstruction_metrics(rqvae, images, batch_size, accelerator)
+                for name, images in validation_images.items()
+            }
+            if accelerator.is_main_process:
+                path = run.output_dir / f"reconstructions-{run.step:07d}.png"
+                save_reconstructions(rqvae, next(iter(validation_images.values()))[:16], path, accelerator)
+                run.log.write_image("reconstructions", path, run.step)
         rqvae.train()
         for name, metrics in held_back.items():
-            entry = {"kind": "validation", "step": step, "images": images_seen, "seconds": round(budget.elapsed(), 2)}
-            entry |= {"split": name, **metrics, "train_mse": train["mse"], "train_psnr": train["psnr"]}
-            entry["mse_gap"] = metrics["mse"] - train["mse"]
+            entry = {**run.entry("validation"), "split": name, **metrics}
+            entry |= {"train_mse": train["mse"], "train_psnr": train["psnr"], "mse_gap": metrics["mse"] - train["mse"]}
             entry["relative_mse_gap"] = entry["mse_gap"] / train["mse"]
             usage = " ".join(f"{u:.3f}" for u in metrics["usage"])
-            log.write(
+            run.log.write(
                 entry,
-                f"  validation at step {step} on {name}: mse {metrics['mse']:.5f} psnr {metrics['psnr']:.2f} dB "
+                f"  validation at step {run.step} on {name}: mse {metrics['mse']:.5f} psnr {metrics['psnr']:.2f} dB "
                 f"gap {entry['mse_gap']:+.5f} ({entry['relative_mse_gap']:+.1%}) usage {usage}",
             )
 
-    def checkpoint():
-        epoch = images_seen // num_images if num_images else place[0]
-        places = None if place is None else gathered(place, accelerator)
-        progress = {"step": step, "images": images_seen, "epoch": epoch, "seconds": budget.elapsed(),
-                    "skipped_steps": guard.num_skipped, "places": places, "window": window.state(),
-                    "discriminator_started": discriminator_started,
-                    "adversarial_started": adversarial_started}  # fmt: skip
-        save_checkpoint(accelerator, output_dir, progress, vars(args), args.checkpoints_total_limit, data)
-
     # 4. Training
-    budget = Budget(accelerator, max_train_steps, args.max_train_seconds, progress["seconds"])
-    guard = NonFiniteGuard(accelerator, args.max_nonfinite_steps)
-    guard.num_skipped = progress["skipped_steps"]
-    batches = pixel_batches(args, accelerator, train_dataset, train_images, images_seen, place, skipped)
-    generator = torch.Generator()
-    window, stopped, is_warm = LogWindow(accelerator, progress["window"]), False, True
-    bar = tqdm(
-        total=max_train_steps * total_batch_size,
-        initial=images_seen,
-        unit=" images",
-        unit_scale=True,
-        disable=None if accelerator.is_main_process else True,  # None: only where a person looks on
-    )
-    stop = StopSignal(accelerator)
-    with stop, bar:
-        while (fraction := budget.fraction_used(step)) < 1:
-            warmup = learning_rate_at(step, fraction, 1.0, args.lr_scheduler, lr_warmup_steps, lr_warmup_share)
-            is_warm = warmup_at(step, fraction, lr_warmup_steps, lr_warmup_share) == 1
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate = args.learning_rate * warmup
-            discriminator_learns = discriminator is not None and step >= args.discriminator_start_step
-            if discriminator_learns:
-                for group in discriminator_optimizer.param_groups:
-                    group["lr"] = args.discriminator_learning_rate * warmup
-                if discriminator_started is None:
-                    discriminator_started = fraction
-                if adversarial_started is None and (
-                    step >= adversarial_start_step
-                    or (discriminator_warmup_share and fraction >= discriminator_started + discriminator_warmup_share)
-                ):
-                    adversarial_started = step
+    batches = pixel_batches(args, accelerator, train_dataset, train_images, run, skipped)
+    generator, is_warm = torch.Generator(), True
+    for fraction in run.steps(rqvae.parameters(), validate if validation_images else None, summarize):
+        warmup = learning_rate_at(run.step, fraction, 1.0, args.lr_scheduler, *schedule.lr_warmup)
+        is_warm = warmup_at(run.step, fraction, *schedule.lr_warmup) == 1
+        for group in optimizer.param_groups:
+            group["lr"] = run.learning_rate = args.learning_rate * warmup
+        discriminator_learns = discriminator is not None and run.step >= args.discriminator_start_step
+        is_adversarial = discriminator_learns and schedule.is_adversarial(run, fraction)
+        if discriminator_learns:
+            for group in discriminator_optimizer.param_groups:
+                group["lr"] = args.discriminator_learning_rate * warmup
 
-            # The gradients of both networks, over all micro-batches. Both see the other one as it was before the step.
-            latents, means = [], defaultdict(float)
-            for _ in range(args.gradient_accumulation_steps):
-                pixel_values, place = next(batches)
-                with accelerator.accumulate(*trained):
-                    out = model(pixel_values)
-                    # The losses are differentiated down to the pixels, once each; from there one backward pass takes
-                    # their weighted sum through the decoder: the adaptive weight costs no second pass through VGG16.
-                    sample = out.sample.detach().requires_grad_()
-                    reconstruction, mse = reconstruction_loss(sample, pixel_values, args.reconstruction_loss)
-                    values = {"mse": mse, "reconstruction_loss": reconstruction}
-                    loss = reconstruction
-                    if perceptual_loss is not None:
-                        values["perceptual_loss"] = perceptual_loss(sample, pixel_values)
-                        loss = loss + args.perceptual_weight * values["perceptual_loss"]
-                    (pixel_gradient,) = torch.autograd.grad(loss, sample)
-                    if adversarial_started is not None:
-                        scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
-                        values["adversarial_loss"] = adversarial_loss(discriminator(sample))
-                        (adversarial_gradient,) = torch.autograd.grad(scale * values["adversarial_loss"], sample)
-                        adversarial_gradient = adversarial_gradient / scale
-                        weight = args.adversarial_weight * adaptive_weight(
-                            *last_layer_gradients(
-                                rqvae, out.sample, pixel_gradient, adversarial_gradient, scale, accelerator
-                            ),
-                            maximum=args.max_adaptive_weight,
-                        )
-                        values["adversarial_weight"] = weight
-                        pixel_gradient = pixel_gradient + weight * adversarial_gradient
-                    commitment = rqvae.config.commitment_weight * out.commitment_loss
-                    accelerator.backward((out.sample * pixel_gradient).sum() + commitment)
-                    # Without the adversarial loss, which measures no distance, only who is ahead at the moment.
-                    values |= {"loss": loss + commitment, "commitment_loss": out.commitment_loss}
+        # The gradients of both networks, over all micro-batches. Both see the other one as it was before the step.
+        latents, means = [], defaultdict(float)
+        for _ in range(args.gradient_accumulation_steps):
+            pixel_values, run.place = next(batches)
+            with accelerator.accumulate(*trained):
+                out = model(pixel_values)
+                values = backward_rqvae(
+                    args, accelerator, rqvae, out, pixel_values, perceptual_loss,
+                    discriminator if is_adversarial else None,
+                )  # fmt: skip
+                if discriminator_learns:
+                    values |= backward_discriminator(accelerator, discriminator_model, out, pixel_values)
+            latents.append(out.latents.detach())
+            for name, value in values.items():
+                means[name] += value.detach() / args.gradient_accumulation_steps
 
-                    if discriminator_learns:
-                        # One pass for both: DDP wants one forward for a backward, and GroupNorm keeps images apart.
-                        real, fake = discriminator_model(torch.cat([pixel_values, sample.detach()])).chunk(2)
-                        values["discriminator_loss"] = discriminator_hinge_loss(real, fake)
-                        values |= {"discriminator_real": real.mean(), "discriminator_fake": fake.mean()}
-                        accelerator.backward(values["discriminator_loss"])
-                latents.append(out.latents.detach())
-                for name, value in values.items():
-                    means[name] += value.detach() / args.gradient_accumulation_steps
-
-            # The step, of both networks or of neither.
-            max_grad_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
-            means["grad_norm"] = accelerator.clip_grad_norm_(rqvae.parameters(), max_grad_norm)
-            total_loss, total_norm = means["loss"], means["grad_norm"]
-            optimizers = [optimizer]
-            if discriminator_learns:
-                # Not accelerator's, which has unscaled the gradients of both by now, and refuses to do it again.
-                norm = torch.nn.utils.clip_grad_norm_(discriminator.parameters(), max_grad_norm)
-                means["discriminator_grad_norm"] = norm
-                total_loss, total_norm = total_loss + means["discriminator_loss"], torch.hypot(total_norm, norm)
-                optimizers.append(discriminator_optimizer)
-            if guard.accepts(total_loss, total_norm):
-                step_together(optimizers, accelerator.scaler)
-                # One update from the latents of the whole batch, so that micro-batches make no difference. Restarts
-                # draw from (seed, step) and not from the global state, which data loaders draw from too.
-                generator.manual_seed(args.seed * 1_000_003 + step)
-                stats = rqvae.update_codebook(latents, generator=generator)
-                if ema is not None:
-                    ema.step(rqvae.parameters())
-                means |= {"usage": stats.usage, "perplexity": stats.perplexity, "restarts": stats.restarts}
-                window.add(means)
-            for each in optimizers:
-                each.zero_grad()
-
-            step += 1
-            images_seen += total_batch_size
-            window.images += total_batch_size
-            bar.update(total_batch_size)
-
-            if step % args.logging_steps == 0:
-                rate, means = window.images / window.seconds(), window_means(window)
-                entry = {"kind": "train", "step": step, "images": images_seen, "seconds": round(budget.elapsed(), 2),
-                         "images_per_second": round(rate, 2), "learning_rate": learning_rate,
-                         "skipped_steps": guard.num_skipped}  # fmt: skip
-                left = budget.time_left(step)
-                line = (
-                    f"step {step}/{max_train_steps} images {images_seen:,} {rate:.1f}/s, {left} left, lr "
-                    f"{learning_rate:.2e}"
-                )
-                if means:
-                    entry |= means
-                    line += described(means)
-                if guard.num_skipped > 0:
-                    line += f" skipped {guard.num_skipped}"
-                bar.clear()
-                log.write(entry, line)
-                window.clear()
-
-            with window.paused():  # images/s is the speed of training alone
-                if validation_images and step % args.validation_steps == 0:
-                    bar.clear()
-                    validate()
-                stopped = stop.requested()
-                if stopped or step % args.checkpointing_steps == 0:
-                    checkpoint()
-            if stopped:
-                accelerator.print(f"Asked to stop: wrote checkpoint-{step}; --resume_from_checkpoint latest goes on.")
-                break
+        # The step, of both networks or of neither.
+        max_grad_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+        means["grad_norm"] = accelerator.clip_grad_norm_(rqvae.parameters(), max_grad_norm)
+        total_loss, total_norm = means["loss"], means["grad_norm"]
+        optimizers = [optimizer]
+        if discriminator_learns:
+            # Not accelerator's, which has unscaled the gradients of both by now, and refuses to do it again.
+            norm = torch.nn.utils.clip_grad_norm_(discriminator.parameters(), max_grad_norm)
+            means["discriminator_grad_norm"] = norm
+            total_loss, total_norm = total_loss + means["discriminator_loss"], torch.hypot(total_norm, norm)
+            optimizers.append(discriminator_optimizer)
+        if run.accepts(total_loss, total_norm):
+            step_together(optimizers, accelerator.scaler)
+            # One update from the latents of the whole batch, so that micro-batches make no difference. Restarts draw
+            # from (seed, step) and not from the global state, which data loaders draw from too.
+            generator.manual_seed(args.seed * 1_000_003 + run.step)
+            stats = rqvae.update_codebook(latents, generator=generator)
+            if ema is not None:
+                ema.step(rqvae.parameters())
+            run.measured(means | {"usage": stats.usage, "perplexity": stats.perplexity, "restarts": stats.restarts})
+        for each in optimizers:
+            each.zero_grad()
     batches.close()
 
-    if stopped:
-        log.close()
-        accelerator.end_training()
-        return
-
-    if not is_warm:
-        accelerator.print(
-            f"Warning: the run ended within its warm-up, of {lr_warmup_steps:,} steps: it had {step:,}. "
-            "--lr_warmup_steps is what it warms up in."
-        )
-    if discriminator is not None and adversarial_started is None and step > progress["step"]:
-        accelerator.print(
-            f"Warning: the adversarial loss never began: from step {adversarial_start_step:,} it would have, and the "
-            f"run had {step:,}. --discriminator_start_step and --discriminator_warmup_steps are what it waits for."
-        )
-
     # 5. Export
-    if validation_images and step % args.validation_steps != 0:
-        validate()
-    if ema is not None:
-        ema.copy_to(rqvae.parameters())
-    if accelerator.is_main_process:
-        rqvae.save_pretrained(output_dir)
-    log.close()
-    if accelerator.is_main_process:
+    if run.is_finished:
+        if not is_warm:
+            accelerator.print(
+                f"Warning: the run ended within its warm-up, of {schedule.lr_warmup[0]:,} steps: it had {run.step:,}. "
+                "--lr_warmup_steps is what it warms up in."
+            )
+        if discriminator is not None and run.marks["adversarial_started"] is None:
+            accelerator.print(
+                f"Warning: the adversarial loss never began: from step {schedule.adversarial_start_step:,} it would "
+                f"have, and the run had {run.step:,}. --discriminator_start_step and --discriminator_warmup_steps are "
+                "what it waits for."
+            )
+        if ema is not None:
+            ema.copy_to(rqvae.parameters())
+        if accelerator.is_main_process:
+            rqvae.save_pretrained(run.output_dir)
+    run.close(skipped)
+    if run.is_finished and accelerator.is_main_process:
         upload(args, repo_id)
-    accelerator.wait_for_everyone()
     accelerator.end_training()
-    seconds = budget.elapsed()
-    accelerator.print(
-        f"Saved to {output_dir} after {step:,} steps, {images_seen:,} images, {seconds:,.0f} seconds; "
-        f"skipped rows: {skipped}; skipped steps: {guard.num_skipped:,}."
-    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from accelerate import Accelerator, tracking
 from accelerate.state import AcceleratorState
 from kill_test import differing_tensors, flags_of, make_problem
 
-from rq_draft_revise import training
+from rq_draft_revise import training_run
 from rq_draft_revise.divergence import NonFiniteGuard
 
 
@@ -122,6 +122,10 @@ def train(script: str, problem: Path, output_dir: Path, **flags) -> list[dict]:
     argv += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     module.main(module.parse_args(argv))
     AcceleratorState._reset_state(reset_partial_state=True)
+    return read_log(output_dir)
+
+
+def read_log(output_dir: Path) -> list[dict]:
     lines = (output_dir / "train_log.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(x).items() if not k.startswith(("seconds", "images_per"))} for x in lines]
 
@@ -132,7 +136,7 @@ def train(script: str, problem: Path, output_dir: Path, **flags) -> list[dict]:
 def test_float16_trains_as_float32_does_and_resumes_with_its_scale(script, problem, tmp_path, monkeypatch):
     """Both networks of the GAN, dropout, micro-batches. Losses within 2 %: float16 has 11 bits, six steps amplify."""
     expected = train(script, problem, tmp_path / "float32")
-    monkeypatch.setattr(training, "Accelerator", HalfPrecision)
+    monkeypatch.setattr(training_run, "Accelerator", HalfPrecision)
     monkeypatch.setattr(HalfPrecision, "init_scale", 256.0)
     actual = train(script, problem, tmp_path / "float16", mixed_precision="fp16")
     assert [entry.get("skipped_steps", 0) for entry in actual] == [0] * len(expected)
@@ -151,12 +155,14 @@ def test_float16_trains_as_float32_does_and_resumes_with_its_scale(script, probl
 @pytest.mark.parametrize("script", ["train_rqvae", "train_imagenet"])
 def test_float16_that_finds_its_scale_leaves_those_steps_out_and_no_others(script, problem, tmp_path, monkeypatch):
     """From 2^40 every gradient overflows; each step left out halves the scale, of both networks together."""
-    monkeypatch.setattr(training, "Accelerator", HalfPrecision)
+    monkeypatch.setattr(training_run, "Accelerator", HalfPrecision)
     monkeypatch.setattr(HalfPrecision, "init_scale", 2.0**40)
     scalers = []
     monkeypatch.setattr(NonFiniteGuard, "accepts", recorded(NonFiniteGuard.accepts, scalers))
-    log = train(script, problem, tmp_path, mixed_precision="fp16", max_nonfinite_steps=1)
-    assert [entry["skipped_steps"] for entry in log if entry["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(RuntimeError, match="Nothing is exported: of 6 steps 0 were finite"):
+        train(script, problem, tmp_path, mixed_precision="fp16", max_nonfinite_steps=1)
+    log = [entry for entry in read_log(tmp_path) if entry["kind"] == "train"]
+    assert [entry["skipped_steps"] for entry in log] == [1, 2, 3, 4, 5, 6]
     assert scalers == [2.0 ** (39 - step) for step in range(6)]
 
 

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from components import tiny_pipeline, tiny_vae
 from datasets import ClassLabel, Dataset, Features
 
-from rq_draft_revise.training import AveragedWeights, load_models
+from rq_draft_revise.training import load_models
+from rq_draft_revise.training_run import AveragedWeights
 
 
 pytestmark = pytest.mark.usefixtures("no_trace", "one_process_on_the_cpu")

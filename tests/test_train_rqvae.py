@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_losses import random_vgg16
 
-from rq_draft_revise import RQVAEModel
+from rq_draft_revise import RQVAEModel, training_run
 from rq_draft_revise.checkpoints import checkpoints_in
 from rq_draft_revise.data import decode_all, load_split, to_pixel_values
 from rq_draft_revise.flags import tracked
@@ -242,11 +242,11 @@ def test_a_run_does_not_go_on_with_other_images(problem, tmp_path):
 def twenty_steps(monkeypatch):
     """Each step takes a twentieth of `--max_train_seconds`, where that is given."""
 
-    class Timed(train_rqvae.Budget):
+    class Timed(training_run.Budget):
         def fraction_used(self, step):
             return super().fraction_used(step) if self.max_train_seconds is None else step / 20
 
-    monkeypatch.setattr(train_rqvae, "Budget", Timed)
+    monkeypatch.setattr(training_run, "Budget", Timed)
 
 
 SECONDS = dict(train_batch_size=2, max_train_seconds=1000, max_train_steps=10**6, lr_warmup_steps=None,

@@ -42,6 +42,7 @@ from rq_draft_revise import (
     RQVAEModel,
     publishing,
     training,
+    training_run,
 )
 from rq_draft_revise.budget import Budget, learning_rate_at
 from rq_draft_revise.checkpoints import checkpoints_in
@@ -448,7 +449,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(problem, 
     flags = dict(train_batch_size=5, max_train_steps=5, validation_split="none", pipeline="-dropout")
     train("train_imagenet", problem, tmp_path / "whole", **flags)
 
-    class SignalledAtStepTwo(training.NonFiniteGuard):
+    class SignalledAtStepTwo(training_run.NonFiniteGuard):
         num_asked = 0
 
         def accepts(self, *arguments):
@@ -459,13 +460,13 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(problem, 
 
     handler, pushed = signal.getsignal(signal.SIGTERM), []
     with monkeypatch.context() as patch:
-        patch.setattr(training, "NonFiniteGuard", SignalledAtStepTwo)
+        patch.setattr(training_run, "NonFiniteGuard", SignalledAtStepTwo)
         patch.setattr(train_imagenet, "upload", lambda *arguments: pushed.append(arguments))
         train("train_imagenet", problem, tmp_path / "stopped", **flags)
     assert signal.getsignal(signal.SIGTERM) == handler
     assert [path.name for path in checkpoints_in(tmp_path / "stopped")] == ["checkpoint-2"]
     assert not (tmp_path / "stopped" / "transformer").exists()
-    assert "at step 2" in capsys.readouterr().out and not pushed
+    assert "wrote checkpoint-2" in capsys.readouterr().out and not pushed
     log = train("train_imagenet", problem, tmp_path / "stopped", resume_from_checkpoint="latest", **flags)
     assert log == read_log(tmp_path / "whole")
     expected = weights_in(tmp_path / "whole")

@@ -48,6 +48,7 @@ CHANGEABLE = frozenset(
         "validation_batch_size",
         "max_validation_images",
         "num_validation_images",
+        "validation_prompt",
         "validation_prompts",
         "push_to_hub",
         "hub_model_id",

@@ -31,6 +31,7 @@ class NonFiniteGuard:
 
     Attributes:
         num_skipped (`int`): Steps left out so far, those of the scale's search included. A resumed run may set it.
+        is_loss_bad (`bool`): The loss of the last step asked about was not finite, in any process.
 
     Raises:
         `ValueError`: `max_in_row` below 1.
@@ -39,7 +40,7 @@ class NonFiniteGuard:
     def __init__(self, accelerator: "Accelerator", max_in_row: int):
         if max_in_row < 1:
             raise ValueError(f"`max_in_row` must be at least 1, got {max_in_row}.")
-        self.max_in_row, self.num_skipped = max_in_row, 0
+        self.max_in_row, self.num_skipped, self.is_loss_bad = max_in_row, 0, False
         self._accelerator, self._in_row = accelerator, 0
 
     def accepts(self, loss: torch.Tensor, grad_norm: torch.Tensor | float | None) -> bool:
@@ -63,6 +64,7 @@ class NonFiniteGuard:
         if self._accelerator.num_processes > 1:
             bad = self._accelerator.reduce(bad, "sum")
         bad_loss, bad_gradient = (bad.tolist() + [0])[:2]
+        self.is_loss_bad = bool(bad_loss)
         if not bad_loss and not bad_gradient:
             self._in_row = 0
             return True

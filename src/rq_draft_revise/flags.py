@@ -121,6 +121,12 @@ def add_validation_flags(group) -> None:
         help="One or several, each with figures of its own; 'none' trains without. Default: validation "
         "or test, if there is one.",
     )
+    group.add_argument(
+        "--max_validation_images",
+        type=int,
+        default=5000,
+        help="Images of each validation split; every process holds them, and as many of the training split.",
+    )
 
 
 def add_flip_and_crop_flags(group, random_flip: bool, random_crop: bool) -> None:
@@ -161,39 +167,87 @@ def add_view_flags(group, random_flip: bool, random_crop: bool) -> None:
     group.add_argument("--encoding_batch_size", type=int, default=64, help="Images that a cache encodes at once.")
 
 
-def add_training_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
-    """Optimization and output. Help marked (paper) gives values of the paper's section on training details, (RQ-VAE
-    authors) those of their configuration files for what the paper leaves out."""
+def add_optimization_flags(parser: argparse.ArgumentParser, **recipe: tuple) -> argparse._ArgumentGroup:
+    """Batch, length, optimizer and precision of a training run.
+
+    Args:
+        recipe: By flag, its default, and what its help says of where that is from. The recipe of a script is thus in
+            one place.
+    """
     group = parser.add_argument_group("optimization")
+
+    def add(name: str, type: type, help: str, default=None, choices: list[str] | None = None) -> None:
+        default, source = recipe.pop(name, (default, ""))
+        group.add_argument(f"--{name}", type=type, default=default, choices=choices, help=f"{help} {source}".strip())
+
+    add("train_batch_size", int, "Images per process and micro-batch.")
+    add("gradient_accumulation_steps", int, "Micro-batches of a batch; the gradient is that of the large batch.", 1)
+    add("num_train_epochs", int, "Passes over the data.")
+    add("max_train_steps", int, "Optimizer steps; overrides --num_train_epochs.")
+    add("max_train_seconds", float, "Stop cleanly after this long, the learning rate's cosine at 0.")
+    add("learning_rate", float, "After the warm-up.")
+    add("lr_scheduler", str, "After the warm-up; cosine goes down to 0.", "cosine", ["cosine", "constant"])
+    add("lr_warmup_steps", int, "Linear.", 0)
+    add("adam_beta1", float, "Of the optimizer.")
+    add("adam_beta2", float, "Of the optimizer.")
+    add("max_grad_norm", float, "0 does not clip.")
+    add("ema_decay", float, "Of averaged weights, which are exported; 0 turns averaging off.")
+    add("max_nonfinite_steps", int, "Steps whose loss or gradient is NaN or infinite are left out; so many in a row "
+        "end the run.", 10)  # fmt: skip
+    add("mixed_precision", str, "Default: as `accelerate config` has it.", None, ["no", "fp16", "bf16"])
+    add("seed", int, "Of all random numbers.", 0)
+    group.add_argument("--gradient_checkpointing", action="store_true",
+                       help="Compute activations again in the backward pass instead of keeping them: less memory, "
+                       "more time.")  # fmt: skip
+    group.add_argument("--compile", action="store_true", help="Compile the model's blocks (torch.compile).")
+    if recipe:
+        raise TypeError(f"`recipe` has no flags {sorted(recipe)}.")
+    return group
+
+
+def add_output_flags(
+    parser: argparse.ArgumentParser, output_dir: str, result: str, validation: str
+) -> argparse._ArgumentGroup:
+    """Where a training run writes what, and how often.
+
+    Args:
+        output_dir (`str`): The default.
+        result (`str`), validation (`str`): What it writes at the end and when it validates, for the help.
+    """
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", default=output_dir, help=f"Folder of the log, checkpoints and the {result}.")
+    group.add_argument("--logging_steps", type=int, default=50, help="Steps between two lines of the log.")
     group.add_argument(
-        "--train_batch_size",
-        type=int,
-        default=256,
-        help="Images per process and micro-batch. Total batch of the RQ-VAE authors: 2048, which is the "
-        "default on 8 devices; the paper does not say.",
+        "--validation_steps", type=int, default=1000, help=f"Steps between two validations: {validation}."
+    )
+    group.add_argument("--checkpointing_steps", type=int, default=1000, help="Steps between two checkpoints.")
+    group.add_argument("--checkpoints_total_limit", type=int, help="Keep the newest. Default: all.")
+    group.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' for the newest, if any.")
+    group.add_argument(
+        "--overwrite_output_dir", action="store_true", help="Begin anew where a run is; its checkpoints are deleted."
     )
     group.add_argument(
-        "--gradient_accumulation_steps",
-        type=int,
-        default=1,
-        help="Micro-batches of a batch; the gradient is that of the large batch.",
+        "--report_to",
+        help="tensorboard, wandb, trackio or another tracker of accelerate's, or 'all', besides train_log.jsonl.",
     )
-    group.add_argument("--num_train_epochs", type=int, default=300, help="Paper: 300.")
-    group.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides --num_train_epochs.")
-    group.add_argument("--max_train_seconds", type=float, help="Stop cleanly, at learning rate 0, after this long.")
-    group.add_argument("--learning_rate", type=float, default=1e-4, help="Of the first step. Paper: 1e-4.")
-    group.add_argument("--lr_scheduler", choices=["cosine", "constant"], default="cosine", help="Paper: cosine to 0.")
-    group.add_argument("--lr_warmup_steps", type=int, default=0, help="Linear. RQ-VAE authors: 0.")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="Of AdamW. Paper: 0.9.")
-    group.add_argument("--adam_beta2", type=float, default=0.95, help="Of AdamW. Paper: 0.95.")
+    group.add_argument("--push_to_hub", action="store_true", help=f"Upload the {result} and its log to the Hub.")
+    group.add_argument("--hub_model_id", help="Repository to push to. Default: the name of --output_dir.")
+    group.add_argument("--hub_token", help="Default: of `hf auth login`.")
+    group.add_argument("--hub_private_repo", action="store_true", help="Make a new repository private.")
+    return group
+
+
+def add_codes_flags(group, condition_dropout: float | None = None) -> None:
+    """What the second stage's optimization has beside [`add_optimization_flags`]."""
     group.add_argument("--adam_weight_decay", type=float, default=1e-4, help="Of AdamW. Paper: 1e-4.")
     group.add_argument("--adam_epsilon", type=float, default=1e-8, help="Of AdamW.")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="0 does not clip. RQ-VAE authors: 1.")
     group.add_argument(
         "--condition_dropout",
         type=float,
-        help="Share of conditions replaced by the null condition, for guidance. Default: 0.1, or 0 for a "
-        "model without a null condition. Not published.",
+        default=condition_dropout,
+        help="Share of conditions replaced by the null condition, for guidance. "
+        + ("Default: 0.1, or 0 for a model without a null condition. " if condition_dropout is None else "")
+        + "Not published.",
     )
     group.add_argument(
         "--stratified_masks",
@@ -203,58 +257,33 @@ def add_training_flags(parser: argparse.ArgumentParser, output_dir: str) -> None
         "cos(pi r / 2). Paper: independent.",
     )
     group.add_argument(
-        "--ema_decay",
-        type=float,
-        default=0.9999,
-        help="Of the exported weights, at most: a warm-up takes min(decay, 1 - (1 + step)^(-2/3)), 0.9997 after "
-        "187,000 steps. 0 turns averaging off. Not published.",
-    )
-    group.add_argument(
-        "--max_nonfinite_steps",
-        type=int,
-        default=10,
-        help="Steps whose loss or gradient is not finite are left out; so many in a row end the run.",
-    )
-    group.add_argument(
-        "--mixed_precision",
-        choices=["no", "fp16", "bf16"],
-        help="Default: as `accelerate config` has it. RQ-VAE authors: fp16.",
-    )
-    group.add_argument(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="Compute the blocks again in the backward pass instead of keeping what is in them.",
-    )
-    group.add_argument("--compile", action="store_true", help="Compile the transformer's blocks (torch.compile).")
-    group.add_argument(
         "--attention_backend",
         help="As `set_attention_backend` takes it. On the CPU '_native_math' trains a third faster "
         "than the default: stacks of D codes are too short for the blocked kernel.",
     )
-    group.add_argument("--seed", type=int, default=0, help="Of all random numbers.")
 
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", default=output_dir, help="Folder of the log, checkpoints and the pipeline.")
-    group.add_argument("--logging_steps", type=int, default=50, help="Steps between two lines of the log.")
-    group.add_argument(
-        "--validation_steps",
-        type=int,
-        default=1000,
-        help="Steps between two validations: losses and a grid of samples.",
-    )
-    group.add_argument("--max_validation_images", type=int, default=5000, help="Images of each validation split.")
+
+def add_training_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    """Optimization and output of the second stage. Help marked (paper) gives values of the paper's section on training
+    details, (RQ-VAE authors) those of their configuration files for what the paper leaves out."""
+    group = add_optimization_flags(
+        parser,
+        train_batch_size=(256, "Total batch of the RQ-VAE authors: 2048, which is the default on 8 devices; the paper "
+                          "does not say."),
+        num_train_epochs=(300, "Paper: 300."),
+        learning_rate=(1e-4, "Paper: 1e-4."),
+        lr_scheduler=("cosine", "Paper: cosine."),
+        lr_warmup_steps=(0, "RQ-VAE authors: 0."),
+        adam_beta1=(0.9, "Paper: 0.9."),
+        adam_beta2=(0.95, "Paper: 0.95."),
+        max_grad_norm=(1.0, "RQ-VAE authors: 1."),
+        ema_decay=(0.9999, "At most this: a warm-up takes min(decay, 1 - (1 + step)^(-2/3)), 0.9997 after 187,000 "
+                   "steps. Not published."),
+        mixed_precision=(None, "RQ-VAE authors: fp16."),
+    )  # fmt: skip
+    add_codes_flags(group)
+    group = add_output_flags(parser, output_dir, "pipeline", "losses and a grid of samples")
     group.add_argument("--num_validation_images", type=int, default=16, help="Images of a sample grid; 0: no grid.")
-    group.add_argument("--checkpointing_steps", type=int, default=1000, help="Steps between two checkpoints.")
-    group.add_argument("--checkpoints_total_limit", type=int, help="Keep the newest. Default: all.")
-    group.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' for the newest, if any.")
-    group.add_argument(
-        "--overwrite_output_dir", action="store_true", help="Begin anew where a run is; its checkpoints are deleted."
-    )
-    group.add_argument("--report_to", help="tensorboard, wandb, trackio, ... or all, besides train_log.jsonl.")
-    group.add_argument("--push_to_hub", action="store_true", help="Upload the pipeline and its log to the Hub.")
-    group.add_argument("--hub_model_id", help="Repository to push to. Default: the name of --output_dir.")
-    group.add_argument("--hub_token", help="Default: of `hf auth login`.")
-    group.add_argument("--hub_private_repo", action="store_true", help="Make a new repository private.")
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -1,37 +1,31 @@
-"""Training: the beginning of a run, and for the second stage its components, the optimisation loop and the export."""
+"""Training the second stage: its components, the optimisation loop and the export."""
 
 import inspect
 import math
-import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, set_seed
-from diffusers.training_utils import EMAModel
+from accelerate.utils import DistributedType, set_seed
 from torchvision.utils import save_image
-from tqdm.auto import tqdm
 
 from .batches import Batch
-from .budget import Budget, learning_rate_at
-from .checkpoints import checkpoints_in, load_checkpoint, save_checkpoint
+from .budget import learning_rate_at
 from .contextual_rq_transformer import ContextualRQTransformerModel
 from .data import SkippedRows
-from .divergence import NonFiniteGuard
 from .images import check_same_codebook
-from .interruption import StopSignal
 from .masks import Draws, draws_of_step
 from .model_card import model_card
 from .pipeline_draft_and_revise import DraftAndRevisePipeline
 from .pipeline_rq_transformer import RQTransformerPipeline
-from .publishing import create_repository
 from .rq_transformer import RQTransformerModel
 from .rqvae import RQVAEModel
 from .scheduling_draft_and_revise import DraftAndReviseScheduler
 from .splits import BatchSource
-from .training_log import LogWindow, TrainingLog
+from .training_run import TrainingRun, averaged_weights, exported_weights
 from .validation import ValidationSet, sample_images, validation_loss
 
 
@@ -41,91 +35,6 @@ if TYPE_CHECKING:
 
 # What `--model` may be.
 MODELS = {"contextual": ContextualRQTransformerModel, "autoregressive": RQTransformerModel}
-
-
-# ------------------------------------------------------------------------------------------------- the run's beginning
-
-
-def make_accelerator(args) -> Accelerator:
-    """The run's accelerator, from `mixed_precision`, `gradient_accumulation_steps`, `report_to`, `output_dir`, `seed`.
-
-    The global random state is seeded the same in every process, so that all start from the same weights.
-
-    Raises:
-        `ValueError`: what accelerate would pass over in silence: float16 on a CPU, a tracker that is not installed.
-    """
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir),
-        # The only buffers are the codebook, which the second stage never changes, and its statistics, which
-        # update_codebook keeps equal by itself. Sending them from process 0 before every forward would cost 16 MB a
-        # step and hide a divergence.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and accelerator.scaler is None:
-        raise ValueError("--mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16': that needs a GPU.")
-    if args.report_to not in (None, "all") and not accelerator.log_with:
-        raise ValueError(f"--report_to must name a tracker that is installed, got {args.report_to!r}.")
-    set_seed(args.seed)
-    return accelerator
-
-
-def open_output(args, accelerator: Accelerator) -> str | None:
-    """Make the folder `output_dir` and, to be pushed to, the repository, whose id the main process gets.
-
-    Raises:
-        `ValueError`: there is a run in it, which this one neither resumes nor may overwrite.
-    """
-    if not accelerator.is_main_process:
-        return None
-    output_dir = Path(args.output_dir)
-    is_resumed = args.resume_from_checkpoint is not None
-    before = [] if is_resumed else checkpoints_in(output_dir)
-    is_run = before or (output_dir / "train_log.jsonl").exists()
-    if is_run and not is_resumed and not args.overwrite_output_dir:
-        raise ValueError(
-            f"--output_dir must not hold another run, got {output_dir}. --resume_from_checkpoint latest goes on with "
-            "it, --overwrite_output_dir begins anew and deletes its checkpoints."
-        )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    repo_id = create_repository(args)
-    args.hub_model_id = repo_id or args.hub_model_id  # which the card names
-    for folder in before:  # only now: the repository might have been refused
-        shutil.rmtree(folder)
-    return repo_id
-
-
-def run_length(args, accelerator: Accelerator, num_images: int | None) -> tuple[int, int]:
-    """Images of an optimizer step, of all processes and micro-batches together, and the optimizer steps of the run.
-
-    Raises:
-        `ValueError`: neither `max_train_steps` nor the number of images is known.
-    """
-    total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    if args.max_train_steps is not None:
-        return total_batch_size, args.max_train_steps
-    if num_images is None:
-        raise ValueError("--max_train_steps must be given where the number of images is not known: a stream.")
-    return total_batch_size, math.ceil(args.num_train_epochs * num_images / total_batch_size)
-
-
-def load_progress(
-    args, accelerator: Accelerator, data: dict[str, Any] | None = None
-) -> tuple[dict[str, Any], tuple[int, int]]:
-    """How far the run is, from `resume_from_checkpoint` if that names or finds one, and this process's place in a
-    stream. Restores everything that is prepared or registered.
-
-    Args:
-        data (`dict`, *optional*): What must be as it was, see [`load_checkpoint`].
-    """
-    progress = {"step": 0, "images": 0, "epoch": 0, "seconds": 0.0, "skipped_steps": 0, "places": None, "window": None}
-    if args.resume_from_checkpoint is not None:
-        loaded = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint, vars(args), data)
-        progress |= loaded or {}
-    places = progress["places"]
-    return progress, (0, 0) if places is None else tuple(places[accelerator.process_index])
 
 
 # -------------------------------------------------------------------------------------------------------- components
@@ -293,49 +202,6 @@ def configure_deepspeed(args, accelerator: Accelerator) -> None:
     config["torch_autocast"] = autocast
 
 
-class AveragedWeights(EMAModel):
-    """Exponential moving average of weights that may be sharded: a checkpoint holds them whole.
-
-    With the warm-up the decay is min(decay, 1 - (1 + step)^(-2/3)): 0.9999 is only reached after a million steps, and
-    a short run exports more than its initialisation.
-    """
-
-    def __init__(self, parameters, decay: float):
-        parameters = list(parameters)
-        self.is_sharded = any(hasattr(parameter, "full_tensor") for parameter in parameters)
-        # Copying many sharded tensors at once is not implemented in torch.
-        super().__init__(parameters, decay=decay, use_ema_warmup=True, power=2 / 3, foreach=not self.is_sharded)
-
-    def store(self, parameters) -> None:
-        """As of the base class, which moves the weights to the CPU; shards stay where their mesh is."""
-        if self.is_sharded:
-            self.temp_stored_params = [parameter.detach().clone() for parameter in parameters]
-        else:
-            super().store(parameters)
-
-    def state_dict(self) -> dict:
-        """As of the base class; every process has to call it."""
-        state = super().state_dict()
-        state["shadow_params"] = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in self.shadow_params]
-        return state
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As of the base class, on the devices where the weights are now; each process keeps its shards."""
-        present = self.shadow_params
-        super().load_state_dict(state_dict)
-        # accelerate reads checkpoints into the memory of the CPU
-        self.shadow_params = [loaded.to(before.device) for loaded, before in zip(self.shadow_params, present)]
-        if self.is_sharded:
-            from torch.distributed.tensor import distribute_tensor
-
-            self.shadow_params = [
-                distribute_tensor(whole, shard.device_mesh, shard.placements)
-                if hasattr(shard, "full_tensor")
-                else whole
-                for whole, shard in zip(self.shadow_params, present)
-            ]
-
-
 # -------------------------------------------------------------------------------------------------------------- loop
 
 
@@ -349,8 +215,9 @@ def train(
     validation_sets: dict[str, ValidationSet],
     sample_condition: dict[str, list],
     skipped: SkippedRows,
+    export: Callable[..., None] | None = None,
 ) -> bool:
-    """Train `pipeline.transformer` on codes and export the pipeline to `args.output_dir`.
+    """Train `pipeline.transformer`, or what of it is not frozen, on codes and export it to `args.output_dir`.
 
     The loss is the mean negative log-likelihood of the codes at masked positions (of all codes for the autoregressive
     model), with text 0.9 of it and 0.1 of that of the next text token (`text_loss_weight`). All means are over the
@@ -365,12 +232,13 @@ def train(
         validation_sets: By name.
         sample_condition: The pipeline's argument for the sample grid, see [`sample_images`].
         skipped: Rows that the batches leave out.
+        export: Writes the result; takes the arguments of [`export_pipeline`], the default.
 
     Returns:
         Whether the run came to its end; False after a signal, with a checkpoint and without an export.
     """
     transformer = pipeline.transformer
-    config, output_dir = transformer.config, Path(args.output_dir)
+    config = transformer.config
     is_contextual = isinstance(transformer, ContextualRQTransformerModel)
     num_positions = config.height * config.width
     if args.gradient_checkpointing:
@@ -382,7 +250,7 @@ def train(
 
     # 1. Optimizer. `model` is what trains: wrapped for several processes, autocast.
     optimizer = torch.optim.AdamW(
-        transformer.parameters(),
+        [parameter for parameter in transformer.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
@@ -395,170 +263,95 @@ def train(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # DeepSpeed takes the step itself, in the last backward: so it has to leave out those that are not finite.
         optimizer.optimizer.check_grad_overflow = True
-    parameters = list(model.parameters())
-    ema = None
-    if args.ema_decay > 0:
-        ema = AveragedWeights(parameters, args.ema_decay)
-        ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(ema)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ema = averaged_weights(args, accelerator, parameters)
     # From here on each process has a stream of its own, for the residual dropout. Masks, dropped conditions and the
     # order of the images come from generators seeded by (seed, step) or (seed, epoch), whatever the processes.
     set_seed(args.seed, device_specific=True)
 
-    # 2. Length of the run
-    total_batch_size, max_train_steps = run_length(args, accelerator, num_images)
-    data = {"num_images": num_images, "max_train_steps": max_train_steps, "data_digest": batches_from.digest}
-    progress, place = load_progress(args, accelerator, data)
-    step, images_seen = progress["step"], progress["images"]
-    log = TrainingLog(accelerator, output_dir, step)
+    # 2. The run, which a checkpoint may have brought on its way
+    run = TrainingRun(args, accelerator, num_images, batches_from.digest)
     accelerator.print(
-        f"parameters: {sum(p.numel() for p in transformer.parameters()):,}\n"
+        f"parameters: {sum(p.numel() for p in parameters):,}\n"
         f"images: {'unknown number of' if num_images is None else f'{num_images:,}'} training"
         + "".join(f", {len(codes):,} {name}" for name, (codes, _) in validation_sets.items())
         + f"; skipped rows: {skipped}\n"
-        f"codes: {config.height}x{config.width}x{config.code_depth} of {config.codebook_size:,}\n"
-        f"total batch: {total_batch_size:,} = {args.train_batch_size} x {accelerator.num_processes} processes x "
-        f"{args.gradient_accumulation_steps} micro-batches (published models: 2,048)\n"
-        f"steps: {max_train_steps:,}"
-        + (f" ({max_train_steps * total_batch_size / num_images:.1f} epochs)" if num_images else "")
-        + (f" or {args.max_train_seconds:,.0f} seconds" if args.max_train_seconds else "")
-        + f", from step {step:,}",
+        f"codes: {config.height}x{config.width}x{config.code_depth} of {config.codebook_size:,}\n{run.length()}"
     )
-
-    # 3. What is done now and then
-    budget = Budget(accelerator, max_train_steps, args.max_train_seconds, progress["seconds"])
-
-    def entry_of(kind: str) -> dict[str, Any]:
-        return {"kind": kind, "step": step, "images": images_seen, "seconds": round(budget.elapsed(), 2)}
 
     def validate():
         """The losses, and a grid of samples, of the weights that would be exported."""
         transformer.eval()
-        if ema is not None:
-            ema.store(parameters)
-            ema.copy_to(parameters)
-        for name, validation_set in validation_sets.items():
-            losses = validation_loss(transformer, condition_name, validation_set, args.train_batch_size, accelerator)
-            log.write(
-                {**entry_of("validation"), "split": name, **losses},
-                f"  validation at step {step} on {name}: {losses_line(losses)}",
-            )
-        if args.num_validation_images:
-            images = sample_images(pipeline, sample_condition, args.num_validation_images, accelerator)
-            if accelerator.is_main_process:
-                path = output_dir / f"samples-{step:07d}.png"
-                save_image(images, path, nrow=math.ceil(len(images) ** 0.5), padding=0)
-                log.write_image("samples", path, step)
-        reshard(model)
-        if ema is not None:
-            ema.restore(parameters)
+        with exported_weights(ema, parameters):
+            for name, validation_set in validation_sets.items():
+                losses = validation_loss(
+                    transformer, condition_name, validation_set, args.train_batch_size, accelerator
+                )
+                run.log.write(
+                    {**run.entry("validation"), "split": name, **losses},
+                    f"  validation at step {run.step} on {name}: {losses_line(losses)}",
+                )
+            if args.num_validation_images:
+                images = sample_images(pipeline, sample_condition, args.num_validation_images, accelerator)
+                if accelerator.is_main_process:
+                    path = run.output_dir / f"samples-{run.step:07d}.png"
+                    save_image(images, path, nrow=math.ceil(len(images) ** 0.5), padding=0)
+                    run.log.write_image("samples", path, run.step)
+            reshard(model)
         transformer.train()
 
-    def checkpoint():
-        epoch = images_seen // num_images if num_images else place[0]
-        places = None if batch.place is None else gathered(place, accelerator)
-        progress = {"step": step, "images": images_seen, "epoch": epoch, "seconds": budget.elapsed(),
-                    "skipped_steps": guard.num_skipped, "places": places, "window": window.state()}  # fmt: skip
-        save_checkpoint(accelerator, output_dir, progress, vars(args), args.checkpoints_total_limit, data)
-
-    # 4. Training
-    guard = NonFiniteGuard(accelerator, args.max_nonfinite_steps)
-    guard.num_skipped = progress["skipped_steps"]
-    # A batch comes in so many parts. Their gradients are averaged: accelerate divides each loss by the number of
-    # micro-batches, and DistributedDataParallel the gradients by the number of processes.
+    # 3. Training. A batch comes in so many parts. Their gradients are averaged: accelerate divides each loss by the
+    # number of micro-batches, and DistributedDataParallel the gradients by the number of processes.
     num_parts = accelerator.num_processes * args.gradient_accumulation_steps
-    batches = batches_from(images_seen, place)
-    window = LogWindow(accelerator, progress["window"])
-    bar = tqdm(total=max_train_steps, initial=step, unit="step", disable=None if accelerator.is_main_process else True,
-               bar_format="{desc}{n_fmt}/{total_fmt} steps {postfix}")  # fmt: skip
-    interrupted = False
-    with StopSignal(accelerator) as stop:
-        while (fraction := budget.fraction_used(step)) < 1:
-            learning_rate = learning_rate_at(
-                step, fraction, args.learning_rate, args.lr_scheduler, args.lr_warmup_steps
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+    batches = batches_from(run.images_seen, run.place or (0, 0))
+    for fraction in run.steps(parameters, validate, lambda means: (means, losses_line(means))):
+        run.learning_rate = learning_rate_at(
+            run.step, fraction, args.learning_rate, args.lr_scheduler, args.lr_warmup_steps
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = run.learning_rate
+        draws = draws_of_step(
+            run.total_batch_size, num_positions, args.condition_dropout, args.seed, run.step, args.stratified_masks,
+            masked=is_contextual,
+        )  # fmt: skip
 
-            draws = draws_of_step(
-                total_batch_size, num_positions, args.condition_dropout, args.seed, step, args.stratified_masks,
-                masked=is_contextual,
-            )  # fmt: skip
+        losses = defaultdict(float)
+        for micro_batch in range(args.gradient_accumulation_steps):
+            first = (micro_batch * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
+            batch, own = next(batches), draws.part(first, args.train_batch_size)
+            with accelerator.accumulate(model):
+                parts = losses_of(model, transformer, batch, condition_name, own, draws, num_parts)
+                accelerator.backward(parts["loss"])
+            for name, value in parts.items():
+                losses[name] += value.detach() / args.gradient_accumulation_steps
+        run.place = batch.place
 
-            losses = defaultdict(float)
-            for micro_batch in range(args.gradient_accumulation_steps):
-                first = (micro_batch * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
-                batch, own = next(batches), draws.part(first, args.train_batch_size)
-                with accelerator.accumulate(model):
-                    parts = losses_of(model, transformer, batch, condition_name, own, draws, num_parts)
-                    accelerator.backward(parts["loss"])
-                for name, value in parts.items():
-                    losses[name] += value.detach() / args.gradient_accumulation_steps
-            place = batch.place or place
-
-            grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-            if guard.accepts(losses["loss"], grad_norm):
-                optimizer.step()
-                if ema is not None:
-                    ema.step(parameters)
-                values = {**losses, "grad_norm": torch.as_tensor(grad_norm, device=accelerator.device)}
-                window.add({k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in values.items()})
-            optimizer.zero_grad()
-            step += 1
-            images_seen += total_batch_size
-            window.images += total_batch_size
-
-            if step % args.logging_steps == 0:
-                means, rate = window.means(), window.images / window.seconds()
-                left = budget.time_left(step)
-                bar.update(step - bar.n)
-                bar.set_postfix_str(f"{rate:.1f} images/s, {left} left")
-                entry = {**entry_of("train"), "images_per_second": round(rate, 2), "learning_rate": learning_rate,
-                         "skipped_steps": guard.num_skipped, **means}  # fmt: skip
-                log.write(
-                    entry,
-                    f"step {step}/{max_train_steps} images {images_seen:,} {rate:.1f}/s, {left} left, lr "
-                    f"{learning_rate:.2e} {losses_line(means)}",
-                )
-                window.clear()
-
-            with window.paused():  # images/s is the speed of training alone
-                if step % args.validation_steps == 0:
-                    validate()
-                interrupted = stop.requested()
-                if step % args.checkpointing_steps == 0 or interrupted:
-                    checkpoint()
-            if interrupted:
-                break
-    bar.close()
+        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        if run.accepts(losses["loss"], grad_norm):
+            optimizer.step()
+            if ema is not None:
+                ema.step(parameters)
+            run.measured({**losses, "grad_norm": torch.as_tensor(grad_norm, device=accelerator.device)})
+        optimizer.zero_grad()
     batches.close()
 
-    # 5. Export
-    if interrupted:
-        accelerator.print(f"Stopped by a signal at step {step:,}; --resume_from_checkpoint latest goes on from there.")
-    else:
-        if step % args.validation_steps != 0:
-            validate()
-        if step < args.lr_warmup_steps:
+    # 4. Export
+    if run.is_finished:
+        if run.step < args.lr_warmup_steps:
             accelerator.print(
-                f"Warning: the run ended within its warm-up: it had {step:,} steps, and --lr_warmup_steps is "
+                f"Warning: the run ended within its warm-up: it had {run.step:,} steps, and --lr_warmup_steps is "
                 f"{args.lr_warmup_steps:,}."
             )
+        averaged = f", weights averaged with decay {args.ema_decay:g}" if ema is not None else ""
         training = (
-            f"{step:,} steps of {total_batch_size:,} images ({images_seen:,} in all), AdamW, learning rate "
-            f"{args.learning_rate:g} ({args.lr_scheduler}), weights averaged with decay {args.ema_decay:g}; "
-            "`train_log.jsonl` has the curves."
+            f"{run.step:,} steps of {run.total_batch_size:,} images ({run.images_seen:,} in all), AdamW, learning "
+            f"rate {args.learning_rate:g} ({args.lr_scheduler}){averaged}; `train_log.jsonl` has the curves."
         )
-        prompt = next(iter(sample_condition.get("prompt", [])), None)
-        export(accelerator, model, ema, pipeline, args, training, prompt)
-        seconds = budget.elapsed()
-        accelerator.print(
-            f"Saved to {output_dir} after {step:,} steps, {images_seen:,} images, {seconds:,.0f} seconds; "
-            f"skipped rows: {skipped}; skipped steps: {guard.num_skipped:,}."
-        )
-    log.close()
-    accelerator.wait_for_everyone()
-    return not interrupted
+        if ema is not None:
+            ema.copy_to(parameters)
+        (export or export_pipeline)(args, accelerator, pipeline, model, training, sample_condition)
+    run.close(skipped)
+    return run.is_finished
 
 
 def losses_of(
@@ -626,27 +419,21 @@ def losses_line(losses: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-def gathered(place: tuple[int, int], accelerator: Accelerator) -> list[list[int]]:
-    """The places of all processes."""
-    return accelerator.gather(torch.tensor([place], device=accelerator.device)).tolist()
-
-
-def export(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    ema: EMAModel | None,
-    pipeline: "DiffusionPipeline",
+def export_pipeline(
     args,
+    accelerator: Accelerator,
+    pipeline: "DiffusionPipeline",
+    model: torch.nn.Module,
     training: str,
-    prompt: str | None = None,
+    sample_condition: dict[str, list],
 ) -> None:
-    """Write the pipeline with whole weights, the averaged ones if there are, and its card. Every process calls it.
+    """Write the pipeline with whole weights and its card. Every process calls it.
 
     Args:
-        training (`str`), prompt (`str`, *optional*): For the card.
+        model: `pipeline.transformer` as it trained, wrapped.
+        training (`str`): For the card.
+        sample_condition (`dict`): Its first prompt is the card's.
     """
-    if ema is not None:
-        ema.copy_to(model.parameters())
     weights = accelerator.get_state_dict(model)  # gathers what is sharded
     if accelerator.is_main_process:
         kind = type(pipeline.transformer)
@@ -669,7 +456,7 @@ def export(
             data=f"`{source}`, split `{args.train_split}`.",
             data_filtering=filtering,
             training=training,
-            prompt=prompt,
+            prompt=next(iter(sample_condition.get("prompt", [])), None),
         )
         card.save(Path(args.output_dir) / "README.md")
     accelerator.wait_for_everyone()
