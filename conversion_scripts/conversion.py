@@ -8,11 +8,9 @@ table. Placeholders stand for parts of a key: `{i}` and the like for an index, t
 import argparse
 import json
 import re
-import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -422,29 +420,6 @@ def component_config(model_class: type[ModelMixin], folder: str | Path) -> dict:
 
 
 # ---- Writing ----
-
-
-@contextmanager
-def written_aside(output_dir: str | Path) -> Iterator[Path]:
-    """A folder that becomes `output_dir` when the block ends well, and is deleted when it does not.
-
-    Raises:
-        `ValueError`: `output_dir` exists and is not an empty folder.
-    """
-    final = Path(output_dir).resolve()
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise ValueError(f"`output_dir` must not exist or be an empty folder, got {str(output_dir)!r}.")
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if final.exists():
-        final.rmdir()
-    partial.rename(final)
 
 
 def save_checkpoint(state_dict: dict[str, torch.Tensor], path: Path, name: str = "state_dict") -> None:

@@ -20,13 +20,13 @@ from conversion import (
     run,
     save_model_index,
     setting,
-    written_aside,
 )
 from convert_rq_tokenizer import convert_tokenizer, original_tokenizer, tokenizer_config
 from convert_rq_transformer_to_diffusers import convert_rq_transformer, rq_transformer_config
 from convert_rqvae_to_diffusers import convert_rqvae
 
 from rq_draft_revise import RQTransformerModel, RQTransformerPipeline, RQVAEModel
+from rq_draft_revise.whole_files import whole_folder
 
 
 # Names of the archives -> the data that the transformer was trained on, and the FID its authors report.
@@ -217,7 +217,7 @@ def convert_archive(
         raise ValueError(
             f"`archive` must be a .tar.gz or its unpacked folder, got {str(archive)!r}, which is neither."
         )
-    with written_aside(output_dir) as folder:
+    with whole_folder(output_dir) as folder:
         unpacked = archive
         if archive.is_file():
             unpacked = folder / "unpacked"

@@ -14,9 +14,11 @@ import argparse
 import json
 from pathlib import Path
 
-from conversion import derive_config, load_checkpoint, run, setting, written_aside
+from conversion import derive_config, load_checkpoint, run, setting
 from tokenizers.implementations import CharBPETokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from rq_draft_revise.whole_files import whole_folder
 
 
 # The name in the config -> vocabulary and merges.
@@ -140,7 +142,7 @@ def main(argv=None):
         if table is None or table.shape[0] != expected:
             got = None if table is None else tuple(table.shape)
             raise ValueError(f"{args.checkpoint_path} must have {expected} rows in `cond_emb.weight`, got {got}.")
-    with written_aside(args.output_dir) as folder:
+    with whole_folder(args.output_dir) as folder:
         work = restore_tokenizer if args.to_original else convert_tokenizer
         work(Path(args.tokenizer_dir), Path(args.config_path), folder)
     print(f"Wrote {args.output_dir}")

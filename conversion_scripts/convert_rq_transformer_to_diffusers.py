@@ -28,11 +28,11 @@ from conversion import (
     run,
     save_checkpoint,
     setting,
-    written_aside,
 )
 from convert_rqvae_to_diffusers import rqvae_component, rqvae_config
 
 from rq_draft_revise import RQTransformerModel, RQVAEModel
+from rq_draft_revise.whole_files import whole_folder
 
 
 # Not a key of the transformer's checkpoint: the codebook as `RQVAEModel` has it.
@@ -194,7 +194,7 @@ def main(argv=None):
     parser.add_argument("--ema", action="store_true", help="The averaged weights, where the checkpoint has them.")
     args = parser.parse_args(argv)
     checkpoint, dtype = Path(args.checkpoint_path), DTYPES[args.dtype]
-    with written_aside(args.output_dir) as folder:
+    with whole_folder(args.output_dir) as folder:
         if args.to_original:
             name = "state_dict_ema" if args.ema else "state_dict"
             save_checkpoint(restore_rq_transformer(checkpoint, dtype), folder / "model.pt", name)

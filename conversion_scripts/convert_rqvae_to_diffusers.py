@@ -26,10 +26,10 @@ from conversion import (
     run,
     save_checkpoint,
     setting,
-    written_aside,
 )
 
 from rq_draft_revise import RQVAEModel
+from rq_draft_revise.whole_files import whole_folder
 
 
 # VQGAN's encoder and decoder <-> diffusers'. The original numbers the levels of both from high resolution to low
@@ -191,7 +191,7 @@ def main(argv=None):
     parser.add_argument("--ema", action="store_true", help="The averaged weights, where the checkpoint has them.")
     args = parser.parse_args(argv)
     dtype = DTYPES[args.dtype]
-    with written_aside(args.output_dir) as folder:
+    with whole_folder(args.output_dir) as folder:
         if args.to_original:
             name = "state_dict_ema" if args.ema else "state_dict"
             save_checkpoint(restore_rqvae(Path(args.checkpoint_path), dtype), folder / "model.pt", name)

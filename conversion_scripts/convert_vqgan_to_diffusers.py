@@ -31,12 +31,12 @@ from conversion import (
     save_checkpoint,
     save_model_index,
     setting,
-    written_aside,
 )
 from convert_rq_transformer_to_diffusers import block_keys
 from convert_rqvae_to_diffusers import AUTOENCODER_KEYS, autoencoder_config
 
 from rq_draft_revise import RQTransformerModel, RQTransformerPipeline, RQVAEModel
+from rq_draft_revise.whole_files import whole_folder
 
 
 def _codebook(old, shapes):
@@ -242,7 +242,7 @@ def restore_vqgan(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str,
 def main(argv=None):
     args = argument_parser(__doc__).parse_args(argv)
     dtype = DTYPES[args.dtype]
-    with written_aside(args.output_dir) as folder:
+    with whole_folder(args.output_dir) as folder:
         if args.to_original:
             save_checkpoint(restore_vqgan(Path(args.checkpoint_path), dtype), folder / "model.ckpt")
             if args.config_path:

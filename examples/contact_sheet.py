@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rq_draft_revise import DraftAndRevisePipeline
 from rq_draft_revise.images import to_rgb
+from rq_draft_revise.whole_files import whole_file
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -168,12 +169,10 @@ def refusals_in_one_line() -> Iterator[None]:
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
     """Write a sheet in place of an older one, which stays where that fails."""
-    aside = path.with_name(f".{path.name}.partial")
     try:
-        sheet.save(aside, format="PNG", optimize=True)
-        aside.replace(path)
+        with whole_file(path) as aside:
+            sheet.save(aside, format="PNG", optimize=True)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise SystemExit(f"error: cannot write {path}: {error.strerror or error}") from None
 
 

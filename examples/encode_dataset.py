@@ -33,6 +33,7 @@ from rq_draft_revise.data import CODES_COLUMN, VAE_COLUMN, SkippedRows, is_empty
 from rq_draft_revise.flags import FlagHelp, add_data_flags, add_view_flags, check_flags
 from rq_draft_revise.training import check_resolution, load_vae
 from rq_draft_revise.waiting import main_process_first, wait_for_everyone
+from rq_draft_revise.whole_files import whole_file
 
 
 def parse_args(argv=None):
@@ -212,9 +213,8 @@ def main(args):
                 continue
             skipped = SkippedRows(f"what becomes {paths[k].name}")
             encoded = encode_part(args, *part(k), vae, device, settings["vae"], skipped)
-            partial = paths[k].with_suffix(".partial")
-            encoded.to_parquet(partial)
-            partial.rename(paths[k])  # a file of this name is complete
+            with whole_file(paths[k]) as aside:
+                encoded.to_parquet(aside)
             print(f"{paths[k].name}: {len(encoded):,} rows, skipped: {skipped}", flush=True)
         wait_for_everyone(accelerator)
         if accelerator.is_main_process:

@@ -68,6 +68,7 @@ from rq_draft_revise.provenance import (
 )
 from rq_draft_revise.publishing import pipeline_class_of
 from rq_draft_revise.waiting import main_process_first, wait_for_everyone
+from rq_draft_revise.whole_files import whole_file
 
 
 GENERATION_METRICS = ("fid", "inception_score", "precision_recall", "clip_score")
@@ -340,10 +341,8 @@ def image_path(output_dir: Path, index: int) -> Path:
 
 def save_images(output_dir: Path, indices: range, images: torch.Tensor) -> None:
     for index, image in zip(indices, images):
-        path = image_path(output_dir, index)
-        aside = path.with_name(f".{path.name}.partial")
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(aside, format="PNG", compress_level=1)
-        aside.replace(path)
+        with whole_file(image_path(output_dir, index)) as aside:
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(aside, format="PNG", compress_level=1)
 
 
 def has_image(path: Path) -> bool:

@@ -25,6 +25,7 @@ from huggingface_hub import ModelCard, create_repo, snapshot_download, upload_fo
 import rq_draft_revise
 from rq_draft_revise.model_card import SOURCE_URL, copy_card, model_card, only_variant
 from rq_draft_revise.publishing import pipeline_class_of
+from rq_draft_revise.whole_files import whole_folder
 
 
 PACKAGE = rq_draft_revise.__name__
@@ -178,40 +179,40 @@ def main(argv=None):
     source, folder = find_pipeline(args.pipeline), Path(args.output_dir)
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
     pipeline_class = pipeline_class_of(source)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-
-    # Components are copied as they are: weights keep their bytes, their variants and their shards.
-    stand_ins = {}
-    for name, value in list(index.items()):
-        if not isinstance(value, list) or value[0] is None:
-            continue
-        shutil.copytree(source / name, partial / name)
-        module, class_name = value[0].removeprefix(f"{PACKAGE}."), value[1]
-        if module == value[0]:
-            continue  # the tokenizer is a class of transformers
-        (partial / name / f"{module}.py").write_text(single_file(module, class_name, {}), encoding="utf-8")
-        index[name] = [module, class_name]
-        component_class = getattr(rq_draft_revise, class_name)
-        stand_ins[class_name] = (ModelMixin if issubclass(component_class, ModelMixin) else SchedulerMixin).__name__
-    class_name, module = pipeline_class.__name__, pipeline_class.__module__.removeprefix(f"{PACKAGE}.")
-    (partial / f"{module}.py").write_text(single_file(module, class_name, stand_ins), encoding="utf-8")
-    index["_class_name"] = [module, class_name]
-    index.pop("_name_or_path", None)
-    (partial / "model_index.json").write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
     repo_id = args.push_to_hub or folder.as_posix()
-    card = source_card(args.pipeline, source, pipeline_class, partial, repo_id)
-    with_both_ways(card, class_name, repo_id).save(partial / "README.md")
-    if folder.exists():
-        folder.rmdir()  # it is empty
-    partial.rename(folder)
+    with whole_folder(folder) as aside:
+        write_repository(args, source, index, pipeline_class, aside, repo_id)
     files = [path for path in folder.rglob("*") if path.is_file()]
     print(f"Wrote {folder}: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB in {len(files)} files.")
     if args.push_to_hub:
         create_repo(args.push_to_hub, private=args.private or None, exist_ok=True)
         commit = upload_folder(repo_id=args.push_to_hub, folder_path=folder, commit_message="Pipeline with its code")
         print(f"Pushed: {commit}")
+
+
+def write_repository(args, source: Path, index: dict, pipeline_class: type, folder: Path, repo_id: str) -> None:
+    """Write components, code, index and card into `folder`."""
+    # Components are copied as they are: weights keep their bytes, their variants and their shards.
+    stand_ins = {}
+    for name, value in list(index.items()):
+        if not isinstance(value, list) or value[0] is None:
+            continue
+        shutil.copytree(source / name, folder / name)
+        module, class_name = value[0].removeprefix(f"{PACKAGE}."), value[1]
+        if module == value[0]:
+            continue  # the tokenizer is a class of transformers
+        (folder / name / f"{module}.py").write_text(single_file(module, class_name, {}), encoding="utf-8")
+        index[name] = [module, class_name]
+        component_class = getattr(rq_draft_revise, class_name)
+        stand_ins[class_name] = (ModelMixin if issubclass(component_class, ModelMixin) else SchedulerMixin).__name__
+    class_name, module = pipeline_class.__name__, pipeline_class.__module__.removeprefix(f"{PACKAGE}.")
+    (folder / f"{module}.py").write_text(single_file(module, class_name, stand_ins), encoding="utf-8")
+    index["_class_name"] = [module, class_name]
+    index.pop("_name_or_path", None)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    card = source_card(args.pipeline, source, pipeline_class, folder, repo_id)
+    with_both_ways(card, class_name, repo_id).save(folder / "README.md")
 
 
 def find_pipeline(name: str) -> Path:

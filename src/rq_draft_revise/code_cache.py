@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from .data import CODES_COLUMN, SkippedRows, decoded_rows, to_pixel_values
 from .rqvae import RQVAEModel
 from .waiting import wait_for_everyone
+from .whole_files import whole_file
 
 
 if TYPE_CHECKING:
@@ -188,9 +189,8 @@ def cached_codes(
                 raise ValueError(f"`image_column` {image_column!r} has no readable image.")
             rows, order = torch.cat([share["rows"] for share in shares]).sort()
             codes = torch.from_numpy(torch.cat([share["codes"] for share in shares]).numpy()[order.numpy()])
-            partial = path.with_name("codes.partial")
-            save_file({"rows": rows, "codes": codes}, partial, metadata=metadata)
-            partial.replace(path)
+            with whole_file(path) as aside:
+                save_file({"rows": rows, "codes": codes}, aside, metadata=metadata)
             for part in parts:
                 part.unlink()
         wait_for_everyone(accelerator)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .whole_files import whole_file
+
 
 # The Fréchet distance is biased upwards, the more the fewer the samples are.
 MIN_SAMPLES = 10_000
@@ -377,7 +379,7 @@ class ReferenceStatistics:
     def save(self, path: str | Path) -> None:
         """Write an npz of the parent's format, `mu` and `sigma`, and of ADM's where there are `images`.
 
-        `record`, a JSON string that both ignore, says the rest. Written aside and renamed.
+        `record`, a JSON string that both ignore, says the rest. There is never half a file.
         """
         path = Path(path)
         if path.suffix != ".npz":
@@ -386,10 +388,8 @@ class ReferenceStatistics:
         arrays = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
         record = json.dumps({name: getattr(self, name) for name in self.RECORD})
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("wb") as file:
+        with whole_file(path) as aside, aside.open("wb") as file:
             np.savez(file, record=np.array(record), **arrays)
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "ReferenceStatistics":

@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .whole_files import whole_file
+
 
 LIBRARIES = (
     "accelerate", "diffusers", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "pillow",
@@ -62,17 +64,16 @@ def file_sha256(path: str | Path) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Written aside and renamed: there is never half a file."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
+    """There is never half a file."""
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def save_batch(path: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
-    """What was found of a batch of images, and how it was made. Written aside and renamed, as by [`write_json`]."""
-    aside = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, {"record": json.dumps(record)})
-    aside.replace(path)
+    """What was found of a batch of images, and how it was made. There is never half a file."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as aside:
+        save_file(tensors, aside, {"record": json.dumps(record)})
 
 
 def read_batch(

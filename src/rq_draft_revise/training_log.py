@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from .devices import sum_dtype
+from .whole_files import whole_file
 
 
 if TYPE_CHECKING:
@@ -47,9 +48,8 @@ class TrainingLog:
                     kept.append(line + "\n")
                 if entry["step"] == step:
                     self._written.add(self._identity(entry))
-        kept_path = path.with_name(path.name + ".partial")
-        kept_path.write_text("".join(kept))
-        kept_path.replace(path)
+        with whole_file(path) as aside:
+            aside.write_text("".join(kept))
         self._file = path.open("a", buffering=1)
 
     @staticmethod
