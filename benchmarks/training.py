@@ -37,7 +37,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from rq_draft_revise import ContextualRQTransformerModel, RQVAEModel
-from rq_draft_revise.data import decode_image, to_pixel_values
+from rq_draft_revise.decoded_images import decode_image, to_pixel_values
 from rq_draft_revise.devices import seconds_now
 from rq_draft_revise.discriminator import PatchDiscriminator
 from rq_draft_revise.masks import random_mask

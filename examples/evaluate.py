@@ -35,7 +35,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline, RQVAEModel
-from rq_draft_revise.data import UNREADABLE, input_ids_sha256, is_empty, load_split, local_state
+from rq_draft_revise.captions_and_labels import input_ids_sha256
+from rq_draft_revise.data import is_empty, load_split, local_state
+from rq_draft_revise.decoded_images import UNREADABLE
 from rq_draft_revise.devices import float64_device
 from rq_draft_revise.features import CLIPEmbeddings, get_protocol, reference_features, weights_sha256
 from rq_draft_revise.images import decode_codes, encode_pixels

@@ -32,7 +32,8 @@ from compute_statistics import add_network_arguments, check_files, load_images, 
 from diffusers import DiffusionPipeline
 
 from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline
-from rq_draft_revise.data import input_ids_sha256, load_split
+from rq_draft_revise.captions_and_labels import input_ids_sha256
+from rq_draft_revise.data import load_split
 from rq_draft_revise.devices import float64_device, seconds_now
 from rq_draft_revise.features import get_protocol, reference_features, weights_sha256
 from rq_draft_revise.images import encode_pixels

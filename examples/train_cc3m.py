@@ -23,7 +23,8 @@ from functools import partial
 
 from transformers import AutoTokenizer
 
-from rq_draft_revise.data import SkippedRows, describe_captions, input_ids_of, is_empty
+from rq_draft_revise.captions_and_labels import describe_captions, input_ids_of
+from rq_draft_revise.data import SkippedRows, is_empty
 from rq_draft_revise.flags import (
     FlagHelp,
     add_data_flags,

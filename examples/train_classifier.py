@@ -21,9 +21,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from rq_draft_revise.budget import Budget, learning_rate_at
-from rq_draft_revise.data import decoded_rows, label_names, load_split, split_names, to_pixel_values, training_order
+from rq_draft_revise.captions_and_labels import label_names
+from rq_draft_revise.data import load_split, split_names
+from rq_draft_revise.decoded_images import decoded_rows, to_pixel_values
 from rq_draft_revise.divergence import NonFiniteGuard
 from rq_draft_revise.features import ImageClassifierModel
+from rq_draft_revise.reading_order import training_order
 from rq_draft_revise.waiting import main_process_first
 
 

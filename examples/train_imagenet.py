@@ -21,8 +21,9 @@ import argparse
 import re
 from functools import partial
 
+from rq_draft_revise.captions_and_labels import class_labels_of, label_names, matched_classes
 from rq_draft_revise.conditions import integer_labels
-from rq_draft_revise.data import SkippedRows, class_labels_of, label_names, matched_classes
+from rq_draft_revise.data import SkippedRows
 from rq_draft_revise.flags import (
     FlagHelp,
     add_data_flags,

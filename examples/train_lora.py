@@ -26,18 +26,9 @@ from safetensors.torch import load_file, save_file
 
 from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline
 from rq_draft_revise.batches import stored_batches
+from rq_draft_revise.captions_and_labels import class_labels_of, describe_captions, input_ids_of, matched_classes
 from rq_draft_revise.code_cache import codes_in_memory, encoded_rows
-from rq_draft_revise.data import (
-    SkippedRows,
-    class_labels_of,
-    describe_captions,
-    digest_of_rows,
-    input_ids_of,
-    is_empty,
-    load_split,
-    matched_classes,
-    without_empty,
-)
+from rq_draft_revise.data import SkippedRows, digest_of_rows, is_empty, load_split, without_empty
 from rq_draft_revise.flags import (
     FlagHelp,
     add_codes_flags,

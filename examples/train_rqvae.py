@@ -42,14 +42,8 @@ from PIL import Image
 from rq_draft_revise import RQVAEModel
 from rq_draft_revise.batches import drawn_images, streamed_images
 from rq_draft_revise.budget import learning_rate_at, warmup_at
-from rq_draft_revise.data import (
-    CODES_COLUMN,
-    SkippedRows,
-    decode_all,
-    digest_of_rows,
-    to_pixel_values,
-    training_order,
-)
+from rq_draft_revise.data import CODES_COLUMN, SkippedRows, digest_of_rows
+from rq_draft_revise.decoded_images import decode_all, to_pixel_values
 from rq_draft_revise.devices import sum_dtype
 from rq_draft_revise.discriminator import (
     PatchDiscriminator,
@@ -69,6 +63,7 @@ from rq_draft_revise.flags import (
 )
 from rq_draft_revise.losses import PerceptualLoss, reconstruction_loss
 from rq_draft_revise.publishing import upload
+from rq_draft_revise.reading_order import training_order
 from rq_draft_revise.splits import load_splits, num_streamed, seen_rows
 from rq_draft_revise.training import check_resolution, load_vae
 from rq_draft_revise.training_run import (

@@ -21,26 +21,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rq_draft_revise.batches import drawn_images, one_ahead, streamed_images
-from rq_draft_revise.data import (
-    SkippedRows,
-    class_labels_of,
+from rq_draft_revise.captions_and_labels import class_labels_of, input_ids_of
+from rq_draft_revise.data import SkippedRows, digest_of_rows, load_split, split_names, undecoded, without_empty
+from rq_draft_revise.decoded_images import (
     decode_all,
     decode_image,
     decode_value,
     decoded_rows,
     decoded_stream,
-    digest_of_rows,
-    input_ids_of,
-    load_split,
-    split_names,
-    streamed_rows,
     to_pixel_values,
-    training_draws,
-    training_order,
-    undecoded,
-    without_empty,
 )
 from rq_draft_revise.features import get_protocol
+from rq_draft_revise.reading_order import streamed_rows, training_draws, training_order
 
 
 NUM_IMAGES = 22

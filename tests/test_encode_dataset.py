@@ -17,7 +17,8 @@ from PIL import Image
 
 from rq_draft_revise import RQVAEModel
 from rq_draft_revise.code_cache import codes_in_dataset, codes_in_memory, digest_of, encode, encoded_rows
-from rq_draft_revise.data import decode_all, decode_image, load_split, to_pixel_values
+from rq_draft_revise.data import load_split
+from rq_draft_revise.decoded_images import decode_all, decode_image, to_pixel_values
 
 
 NUM_IMAGES = 11

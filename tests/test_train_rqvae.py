@@ -22,7 +22,8 @@ from test_losses import random_vgg16
 
 from rq_draft_revise import RQVAEModel, training_run
 from rq_draft_revise.checkpoints import checkpoints_in
-from rq_draft_revise.data import decode_all, load_split, to_pixel_values
+from rq_draft_revise.data import load_split
+from rq_draft_revise.decoded_images import decode_all, to_pixel_values
 from rq_draft_revise.flags import tracked
 
 

@@ -8,19 +8,9 @@ import numpy as np
 import torch
 
 from .code_cache import ReadCodes, encode
-from .data import (
-    CODES_COLUMN,
-    SkippedRows,
-    UsableRows,
-    decode_value,
-    decoded_rows,
-    decoded_stream,
-    is_empty,
-    streamed_rows,
-    to_pixel_values,
-    training_draws,
-    undecoded,
-)
+from .data import CODES_COLUMN, SkippedRows, is_empty, undecoded
+from .decoded_images import decode_value, decoded_rows, decoded_stream, to_pixel_values
+from .reading_order import UsableRows, streamed_rows, training_draws
 from .rqvae import RQVAEModel
 
 

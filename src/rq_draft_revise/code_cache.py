@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .data import CODES_COLUMN, SkippedRows, decoded_rows, to_pixel_values
+from .data import CODES_COLUMN, SkippedRows
+from .decoded_images import decoded_rows, to_pixel_values
 from .rqvae import RQVAEModel
 from .waiting import wait_for_everyone
 from .whole_files import whole_file
