@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [str(ROOT / name) for name in ("src", "examples", "tests")]
-SCRIPTS = ("train_rqvae", "train_imagenet", "train_cc3m")
+SCRIPTS = ("train_rqvae", "train_imagenet", "train_cc3m", "train_lora")
 NUM_IMAGES = 22  # no multiple of the batch: epochs end in the middle of one
 POLL = 0.001  # seconds between two looks at a folder
 
@@ -94,7 +94,6 @@ def flags_of(
         "max_train_steps": max_train_steps,
         "checkpointing_steps": checkpointing_steps,
         "checkpoints_total_limit": 2,
-        "validation_split": "test",
         "validation_steps": 4,
         "logging_steps": 1,
         "learning_rate": 1e-3,
@@ -112,11 +111,19 @@ def flags_of(
             "discriminator_channels": 8,
             "discriminator_warmup_steps": 2,
         }
+    elif script == "train_lora":
+        flags |= {
+            "pretrained_model_name_or_path": problem / "text",
+            "validation_prompt": "a cat at dusk",
+            "lora_dropout": 0.1,
+        }
     else:
         flags |= {
             "pretrained_model_name_or_path": problem / ("class" if script == "train_imagenet" else "text"),
             "num_validation_images": 2,
         }
+    if script != "train_lora":
+        flags["validation_split"] = "test"
     return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
 
@@ -241,7 +248,8 @@ def is_saving(output_dir: Path) -> bool:
 
 def is_exporting(output_dir: Path) -> bool:
     """Whether some of the result is there."""
-    return any((output_dir / name).exists() for name in ("config.json", "model_index.json", "vae", "transformer"))
+    names = ("config.json", "model_index.json", "vae", "transformer", "pytorch_lora_weights.safetensors")
+    return any((output_dir / name).exists() for name in names)
 
 
 def phase(output_dir: Path) -> str:
