@@ -619,8 +619,11 @@ def test_sharded_weights_train_resume_and_export_as_whole_ones(two_processes):
     """FSDP2. The validation at step 2 is of the averaged weights, step 3 must be of the others again."""
     expected, actual = (read_log(two_processes / name) for name in ("equal", "sharded"))
     assert len(actual) == len(expected)
+    texts = {"kind", "split"}
+    if torch.__version__.startswith("2.8."):  # which adds up the gradients of FSDP2 on the CPU and does not divide them
+        texts.add("grad_norm")
     for one, two in zip(expected, actual):
-        for name in one.keys() - {"kind", "split"}:
+        for name in one.keys() - texts:
             assert two[name] == pytest.approx(one[name], rel=1e-5), name
     whole, sharded, resumed = (weights_in(two_processes / name) for name in ("equal", "sharded", "sharded-resumed"))
     assert whole.keys() == sharded.keys()

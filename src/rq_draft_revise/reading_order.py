@@ -90,8 +90,8 @@ def streamed_rows(
     """The rows of one process of a data set that cannot be read by number, for ever.
 
     Each epoch is shuffled anew from (seed, epoch): the files as a whole, and rows within a buffer. Where the number of
-    files is a multiple of `num_processes` each process reads its own files, otherwise each reads all and takes every
-    `num_processes`-th row.
+    files is a multiple of `num_processes` each process reads its own files (not with `datasets` 5.0), otherwise each
+    reads all and takes every `num_processes`-th row.
 
     A run that resumes **reads again** what it had read of the epoch, without decoding: that is the only way to have
     the buffer as it was. It costs the reading of up to one epoch, which for local files is small beside training on
