@@ -130,9 +130,8 @@ class TrainingRun:
 
         before = {"step": 0, "images": 0, "seconds": 0.0, "skipped_steps": 0, "places": None, "window": None}
         if args.resume_from_checkpoint is not None:
-            before |= load_checkpoint(
-                accelerator, self.output_dir, args.resume_from_checkpoint, vars(args), self._data
-            ) or {}  # fmt: skip
+            run = (self.output_dir, args.resume_from_checkpoint, vars(args), self._data)
+            before |= load_checkpoint(accelerator, *run) or {}
         self.step, self.images_seen, self.is_finished = before["step"], before["images"], False
         self.place = None if before["places"] is None else tuple(before["places"][accelerator.process_index])
         self.marks = {name: before.get(name, value) for name, value in marks.items()}
@@ -229,11 +228,11 @@ class TrainingRun:
         shards = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
         num_bad = torch.stack([~shard.detach().isfinite().all() for shard in shards]).sum()
         num_finite = self.step - self._guard.num_skipped
-        if num_finite == 0 or self.accelerator.reduce(num_bad, "sum").item() > 0:
-            fault, rest = (
-                ("a weight is NaN or infinite" if num_finite else "the weights are those of the beginning"),
-                "",
-            )
+        rest = ""
+        if num_finite == 0:
+            fault = "the weights are those of the beginning"
+        elif self.accelerator.reduce(num_bad, "sum").item() > 0:
+            fault = "a weight is NaN or infinite"
         elif self._guard.is_loss_bad:
             self._checkpoint()
             fault = "the loss is NaN or infinite"
