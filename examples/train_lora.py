@@ -324,11 +324,11 @@ def main(args):
     accelerator.end_training()
 
 
-def export_adapter(args, accelerator, pipe, model, training, sample_condition, num_images) -> None:
+def export_adapter(run, pipe, model, training, sample_condition, num_images) -> None:
     """Write the adapter and its card: see [`rq_draft_revise.training.export_pipeline`]."""
-    if not accelerator.is_main_process:
+    if not run.accelerator.is_main_process:
         return
-    transformer = pipe.transformer
+    args, transformer = run.args, pipe.transformer
     DraftAndRevisePipeline.save_lora_weights(
         args.output_dir,
         transformer_lora_layers=get_peft_model_state_dict(transformer),
@@ -337,9 +337,9 @@ def export_adapter(args, accelerator, pipe, model, training, sample_condition, n
     source = args.dataset_name or Path(args.train_data_dir).name
     about = f", all with the caption *{args.instance_prompt}*" if args.instance_prompt else ""
     training = f"`examples/train_lora.py`: rank {args.rank}, {training}"
-    grids = sorted(Path(args.output_dir).glob("samples-*.png"))
-    if args.validation_prompt and grids:
-        training += f"\n\n*{args.validation_prompt}*\n\n![]({grids[-1].name})"
+    grid = run.output_dir / f"samples-{run.step:07d}.png"  # a run before, of more steps, may have left others
+    if args.validation_prompt and grid.is_file():
+        training += f"\n\n*{args.validation_prompt}*\n\n![]({grid.name})"
     card = model_card(
         pipe,
         args.hub_model_id or Path(args.output_dir).as_posix(),

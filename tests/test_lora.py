@@ -403,6 +403,13 @@ def test_an_adapter_in_the_folder_is_not_overwritten_unasked(problem, adapter, t
     assert (tmp_path / "mine" / WEIGHTS).read_bytes() != before
 
 
+def test_the_card_shows_the_grid_of_its_own_run(problem, tmp_path):
+    for steps, flags in ((3, {}), (2, {"overwrite_output_dir": True})):
+        train(problem, tmp_path / "out", max_train_steps=steps, validation_prompt="a cat", **flags)
+    assert (tmp_path / "out" / "samples-0000003.png").is_file()
+    assert "![](samples-0000002.png)" in (tmp_path / "out" / "README.md").read_text()
+
+
 def add_image(folder, name, damaged=False, **columns):
     """One more row of an image folder. Rows are in the order of the files' names: 00.png comes after 0.png."""
     Image.new("RGB", (8, 8), "red").save(folder / name)

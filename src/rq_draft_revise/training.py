@@ -349,7 +349,7 @@ def train(
         )
         if ema is not None:
             ema.copy_to(parameters)
-        (export or export_pipeline)(args, accelerator, pipeline, model, training, sample_condition)
+        (export or export_pipeline)(run, pipeline, model, training, sample_condition)
     run.close(skipped)
     return run.is_finished
 
@@ -420,8 +420,7 @@ def losses_line(losses: dict[str, Any]) -> str:
 
 
 def export_pipeline(
-    args,
-    accelerator: Accelerator,
+    run: TrainingRun,
     pipeline: "DiffusionPipeline",
     model: torch.nn.Module,
     training: str,
@@ -434,6 +433,7 @@ def export_pipeline(
         training (`str`): For the card.
         sample_condition (`dict`): Its first prompt is the card's.
     """
+    args, accelerator = run.args, run.accelerator
     weights = accelerator.get_state_dict(model)  # gathers what is sharded
     if accelerator.is_main_process:
         kind = type(pipeline.transformer)
