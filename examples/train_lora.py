@@ -22,12 +22,13 @@ import torch
 from accelerate.utils import DistributedType
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline
 from rq_draft_revise.batches import stored_batches
 from rq_draft_revise.captions_and_labels import class_labels_of, describe_captions, input_ids_of, matched_classes
-from rq_draft_revise.code_cache import codes_in_memory, encoded_rows
+from rq_draft_revise.code_cache import codes_in_memory, digest_of, encoded_rows
 from rq_draft_revise.data import SkippedRows, digest_of_rows, is_empty, load_split, without_empty
 from rq_draft_revise.flags import (
     FlagHelp,
@@ -233,14 +234,15 @@ def adapt(args, transformer) -> None:
     transformer.add_adapter(config)
 
 
-def checkpoint_adapter_alone(accelerator, transformer) -> None:
-    """Have accelerate's checkpoints hold the adapter in place of the whole model."""
+def checkpoint_adapter_alone(accelerator, transformer, base: str) -> None:
+    """Have accelerate's checkpoints hold the adapter in place of the whole model, and `base`, a digest of that."""
     trained = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
     def save(models, weights, folder):
         weights.clear()
         if accelerator.is_main_process:
-            save_file({name: parameter.detach() for name, parameter in trained.items()}, Path(folder) / ADAPTER)
+            tensors = {name: parameter.detach() for name, parameter in trained.items()}
+            save_file(tensors, Path(folder) / ADAPTER, {"base": base})
 
     @torch.no_grad()
     def load(models, folder):
@@ -248,6 +250,9 @@ def checkpoint_adapter_alone(accelerator, transformer) -> None:
         saved = load_file(Path(folder) / ADAPTER)
         if {name: tensor.shape for name, tensor in saved.items()} != {n: p.shape for n, p in trained.items()}:
             raise ValueError(f"{ADAPTER} is of other layers or another rank")
+        with safe_open(Path(folder) / ADAPTER, "pt") as file:
+            if (file.metadata() or {}).get("base", base) != base:
+                raise ValueError("the weights of --pretrained_model_name_or_path have changed")
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
 
@@ -263,11 +268,12 @@ def main(args):
     # 1. The pipeline and the adapter
     pipe = load_pipeline(args)
     check_prompts(args, pipe)
+    base = f"{digest_of(pipe.vae)} {digest_of(pipe.transformer)}"
     adapt(args, pipe.transformer)
     repo_id = open_output(args, accelerator)
     pipe.vae.requires_grad_(False)
     pipe.to(accelerator.device)
-    checkpoint_adapter_alone(accelerator, pipe.transformer)
+    checkpoint_adapter_alone(accelerator, pipe.transformer, base)
 
     # 2. The images, as codes
     config, columns = pipe.transformer.config, {}

@@ -393,6 +393,20 @@ def test_a_resumed_run_gives_the_adapter_of_the_uninterrupted_one(problem, tmp_p
         train(problem, tmp_path / "resumed", **flags | {"resume_from_checkpoint": "latest", "rank": 2})
 
 
+@pytest.mark.parametrize("component", ["vae", "transformer"])
+def test_an_adapter_does_not_go_on_with_another_base(component, problem, tmp_path):
+    """Whose weights the checkpoint does not hold: under the same name there may be others by now."""
+    shutil.copytree(problem / "pipeline", tmp_path / "base")
+    flags = dict(pipeline=tmp_path / "base", max_train_steps=2, checkpointing_steps=1)
+    train(problem, tmp_path / "out", **flags)
+    model = getattr(load(problem), component)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    model.save_pretrained(tmp_path / "base" / component)
+    with pytest.raises(ValueError, match="the weights of --pretrained_model_name_or_path have changed"):
+        train(problem, tmp_path / "out", resume_from_checkpoint=tmp_path / "out" / "checkpoint-1", **flags)
+
+
 def test_an_adapter_in_the_folder_is_not_overwritten_unasked(problem, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "mine")
     before = (tmp_path / "mine" / WEIGHTS).read_bytes()
