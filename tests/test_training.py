@@ -801,6 +801,11 @@ def test_pushing_makes_the_repository_first_and_leaves_checkpoints_out(problem, 
 
     monkeypatch.setattr(publishing, "create_repo", create_repo)
     monkeypatch.setattr(publishing, "upload_folder", upload_folder)
+    tracked = ("events.out.tfevents.1", "1.5/events.out.tfevents.2", "1.5/hparams.yml")  # accelerate's of tensorboard
+    for name in (".codes.safetensors.partial", *(f"train_imagenet/{file}" for file in tracked)):
+        path = tmp_path / "tiny" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     train(
         "train_imagenet", problem, tmp_path / "tiny", train_batch_size=4, max_train_steps=1, checkpointing_steps=1,
         push_to_hub=True, cache_codes=True, validation_split="none",
@@ -810,7 +815,8 @@ def test_pushing_makes_the_repository_first_and_leaves_checkpoints_out(problem, 
     assert created == ("create", "tiny", False)
     assert uploaded[:2] == ("upload", "someone/tiny")
     assert {"README.md", "model_index.json", "train_log.jsonl"} < set(uploaded[2])
-    assert not [file for file in uploaded[2] if file.startswith(("checkpoint", "codes"))]
+    left_out = ("checkpoint", "codes", ".codes", "train_imagenet/")
+    assert not [file for file in uploaded[2] if file.startswith(left_out)]
 
 
 # ---------------------------------------------------------------------------------------------------------- mistakes

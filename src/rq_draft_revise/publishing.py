@@ -220,12 +220,16 @@ def create_repository(args) -> str | None:
 
 
 def upload(args, repo_id: str | None) -> None:
-    """Upload `output_dir` without its checkpoints and cached codes; nothing without a `repo_id`."""
+    """Upload `output_dir`; nothing without a `repo_id`.
+
+    Without its checkpoints, cached codes, what a kill left half written, and the files of tensorboard, which have the
+    paths of this machine in them.
+    """
     if repo_id is not None:
         upload_folder(
             repo_id=repo_id,
             folder_path=args.output_dir,
             token=args.hub_token,
             commit_message="End of training",
-            ignore_patterns=["checkpoint-*", "codes*", "runs/*"],
+            ignore_patterns=["checkpoint-*", "codes*", "*.partial", "*tfevents*", "*hparams.yml"],
         )
