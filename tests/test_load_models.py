@@ -10,7 +10,7 @@ from components import tiny_pipeline, tiny_vae
 from datasets import ClassLabel, Dataset, Features
 
 from rq_draft_revise.training import load_models
-from rq_draft_revise.training_run import AveragedWeights
+from rq_draft_revise.training_run import AveragedWeights, exported_weights
 
 
 pytestmark = pytest.mark.usefixtures("no_trace", "one_process_on_the_cpu")
@@ -75,3 +75,14 @@ def test_resumed_averages_are_where_the_weights_are():
     average.step(weights)
     average.copy_to(weights)
     assert average.shadow_params[0].device.type == "meta"
+
+
+def test_after_a_validation_that_fails_the_weights_are_those_that_train():
+    weight = torch.nn.Parameter(torch.ones(3))
+    ema = AveragedWeights([weight], 0.5)
+    with torch.no_grad():
+        weight.fill_(2)
+    with pytest.raises(ZeroDivisionError), exported_weights(ema, [weight]):
+        assert weight.tolist() == [1, 1, 1]
+        raise ZeroDivisionError
+    assert weight.tolist() == [2, 2, 2]

@@ -417,6 +417,13 @@ def test_an_adapter_in_the_folder_is_not_overwritten_unasked(problem, adapter, t
     assert (tmp_path / "mine" / WEIGHTS).read_bytes() != before
 
 
+def test_the_log_ends_with_the_last_step(problem, tmp_path):
+    for steps, logged in ((2, [2]), (5, [3, 5])):
+        out = train(problem, tmp_path / str(steps), max_train_steps=steps, logging_steps=3)
+        entries = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+        assert [entry["step"] for entry in entries] == logged
+
+
 def test_the_card_shows_the_grid_of_its_own_run(problem, tmp_path):
     for steps, flags in ((3, {}), (2, {"overwrite_output_dir": True})):
         train(problem, tmp_path / "out", max_train_steps=steps, validation_prompt="a cat", **flags)

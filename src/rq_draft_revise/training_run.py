@@ -176,7 +176,8 @@ class TrainingRun:
         """Once an optimizer step, the fraction of the budget that is used: 0 at first, and below 1.
 
         After each it counts the step, and as often as the flags say writes a line of the log, validates and writes a
-        checkpoint; after the last it validates. A signal ends it with a checkpoint.
+        checkpoint; after the last, if not just now, it writes the line and validates. A signal ends it with a
+        checkpoint.
 
         Args:
             parameters: What trains.
@@ -204,7 +205,7 @@ class TrainingRun:
                 self.step += 1
                 self.images_seen += self.total_batch_size
                 self._window.images += self.total_batch_size
-                if self.step % args.logging_steps == 0:
+                if self.step % args.logging_steps == 0 or self.step == self.max_train_steps:
                     self._write_line(summarize, bar)
                 with self._window.paused():  # images/s is the speed of training alone
                     if validate is not None and self.step % args.validation_steps == 0:
@@ -319,8 +320,10 @@ def exported_weights(ema: "AveragedWeights | None", parameters: Iterable[torch.n
     parameters = list(parameters)
     ema.store(parameters)
     ema.copy_to(parameters)
-    yield
-    ema.restore(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
 
 
 class AveragedWeights(EMAModel):
