@@ -33,7 +33,6 @@ from rq_draft_revise.flags import (
     add_validation_flags,
     add_view_flags,
     check_flags,
-    tracked,
 )
 from rq_draft_revise.publishing import upload
 from rq_draft_revise.splits import load_splits, training_batches, validation_sets_of
@@ -41,6 +40,7 @@ from rq_draft_revise.training import (
     check_condition_dropout,
     check_resolution,
     default_pipeline,
+    export_pipeline,
     has_file,
     is_trained,
     load_models,
@@ -168,11 +168,10 @@ def main(args):
     if args.num_validation_images:
         prompts = args.validation_prompts or sample_prompts(validation_datasets, train_dataset, args)
     args.num_validation_images = len(prompts)
-    if args.report_to is not None:
-        accelerator.init_trackers("train_cc3m", config=tracked(args))
     is_finished = train(
         args,
         accelerator,
+        "train_cc3m",
         pipeline,
         "input_ids",
         batches_from,
@@ -180,6 +179,7 @@ def main(args):
         validation_sets,
         {"prompt": prompts},
         skipped,
+        export=partial(export_pipeline, prompt=next(iter(prompts), None)),
     )
     if is_finished and accelerator.is_main_process:
         upload(args, repo_id)

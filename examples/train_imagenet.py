@@ -32,7 +32,6 @@ from rq_draft_revise.flags import (
     add_validation_flags,
     add_view_flags,
     check_flags,
-    tracked,
 )
 from rq_draft_revise.publishing import upload
 from rq_draft_revise.splits import load_splits, training_batches, validation_sets_of
@@ -128,11 +127,10 @@ def main(args):
     if config.num_classes is not None:
         count = args.num_validation_images
         sample_condition = {"class_labels": [i * config.num_classes // count for i in range(count)]}
-    if args.report_to is not None:
-        accelerator.init_trackers("train_imagenet", config=tracked(args))
     is_finished = train(
         args,
         accelerator,
+        "train_imagenet",
         pipeline,
         None if label_column is None else "class_labels",
         batches_from,

@@ -36,7 +36,6 @@ from rq_draft_revise.flags import (
     add_optimization_flags,
     add_output_flags,
     check_flags,
-    tracked,
 )
 from rq_draft_revise.model_card import model_card
 from rq_draft_revise.publishing import upload
@@ -90,7 +89,7 @@ def parse_args(argv=None):
     group.add_argument("--num_validation_images", type=int, default=4, help="Images of --validation_prompt.")
     parser.set_defaults(logging_steps=10)
 
-    # check_flags': this script reads a handful of images
+    # What check_flags asks for, and a script for a handful of images does not offer
     parser.set_defaults(data_files=None, filter_column=None, filter_min=None, filter_max=None)
     args = parser.parse_args(argv)
     if args.dataset_name is None and args.train_data_dir is None:
@@ -305,8 +304,6 @@ def main(args):
         )
 
     # 3. Training
-    if args.report_to is not None:
-        accelerator.init_trackers("train_lora", config=tracked(args))
     sample_condition = {}
     if args.validation_prompt is None:
         args.num_validation_images = 0
@@ -316,6 +313,7 @@ def main(args):
     is_finished = train(
         args,
         accelerator,
+        "train_lora",
         pipe,
         condition_name,
         BatchSource(batches_from, digest),
@@ -330,7 +328,7 @@ def main(args):
     accelerator.end_training()
 
 
-def export_adapter(run, pipe, model, training, sample_condition, num_images) -> None:
+def export_adapter(run, pipe, model, training, num_images) -> None:
     """Write the adapter and its card: see [`rq_draft_revise.training.export_pipeline`]."""
     if not run.accelerator.is_main_process:
         return

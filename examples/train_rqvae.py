@@ -59,7 +59,6 @@ from rq_draft_revise.flags import (
     add_output_flags,
     add_validation_flags,
     check_flags,
-    tracked,
 )
 from rq_draft_revise.losses import PerceptualLoss, reconstruction_loss
 from rq_draft_revise.publishing import upload
@@ -151,14 +150,15 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------------------------------------------------- data
 
 
-def pixel_batches(args, accelerator, dataset, images, run, skipped):
+def pixel_batches(args, accelerator, dataset, images, images_seen, place, skipped):
     """Yield pixel values `(B, 3, H, W)` on the device, for ever, and of a stream the place after them, else None.
 
-    They come from decoded `images` or, if None, from `dataset`, after those that the run has seen.
+    They come from decoded `images` or, if None, from `dataset`, after the `images_seen` that all processes together
+    have read, or in a stream after `place`.
     """
     if images is not None:
         for rows, flips in training_order(
-            len(images), run.images_seen, args.train_batch_size, accelerator.process_index, accelerator.num_processes,
+            len(images), images_seen, args.train_batch_size, accelerator.process_index, accelerator.num_processes,
             args.seed,
         ):  # fmt: skip
             batch = images[rows].to(accelerator.device, non_blocking=True)
@@ -171,12 +171,12 @@ def pixel_batches(args, accelerator, dataset, images, run, skipped):
     )  # fmt: skip
     if args.streaming:
         streamed = streamed_images(
-            dataset, start=run.place or (0, 0), buffer_size=args.shuffle_buffer_size, **arguments
+            dataset, start=place, buffer_size=args.shuffle_buffer_size, **arguments
         )
         for batch, _, place_after in streamed:
             yield to_pixel_values(batch), place_after
     else:
-        for batch, _, _ in drawn_images(dataset, start=run.images_seen, **arguments):
+        for batch, _, _ in drawn_images(dataset, start=images_seen, **arguments):
             yield to_pixel_values(batch), None
 
 
@@ -448,11 +448,11 @@ def main(args):
 
     # 3. The run, which a checkpoint may have brought on its way. Marks: the share of the budget used when the
     # discriminator began to learn, and the step of the first adversarial loss.
-    if args.report_to is not None:
-        accelerator.init_trackers("rqvae", config=tracked(args))
     num_images = num_streamed(train_dataset, args) if args.streaming else len(train_dataset)
     digest = None if args.streaming else digest_of_rows(train_dataset, args.image_column)
-    run = TrainingRun(args, accelerator, num_images, digest, discriminator_started=None, adversarial_started=None)
+    run = TrainingRun(
+        args, accelerator, "rqvae", num_images, digest, discriminator_started=None, adversarial_started=None
+    )
     schedule = Schedule(args, run)
     accelerator.print(
         f"parameters: {sum(p.numel() for p in rqvae.parameters()):,} + codebook of "
@@ -460,7 +460,7 @@ def main(args):
         f"images: {'unknown number of' if num_images is None else f'{num_images:,}'} training"
         + "".join(f", {len(images):,} {name}" for name, images in validation_images.items())
         + f", at {args.resolution}x{args.resolution}; skipped rows: {skipped}\n"
-        f"{run.length()}; {schedule.describe(args)}"
+        f"{run.describe()}; {schedule.describe(args)}"
     )
 
     def validate():
@@ -492,7 +492,8 @@ def main(args):
             )
 
     # 4. Training
-    batches = pixel_batches(args, accelerator, train_dataset, train_images, run, skipped)
+    start = run.images_seen, run.place or (0, 0)
+    batches = pixel_batches(args, accelerator, train_dataset, train_images, *start, skipped)
     generator, is_warm = torch.Generator(), True
     for fraction in run.steps(rqvae.parameters(), validate if validation_images else None, summarize):
         warmup = learning_rate_at(run.step, fraction, 1.0, args.lr_scheduler, *schedule.lr_warmup)

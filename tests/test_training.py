@@ -473,6 +473,25 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(problem, 
     assert all(torch.equal(tensor, expected[key]) for key, tensor in weights_in(tmp_path / "stopped").items())
 
 
+def test_a_signal_in_the_last_validation_leaves_a_checkpoint_too(problem, tmp_path, monkeypatch):
+    flags = dict(train_batch_size=5, max_train_steps=3, validation_split="test", checkpointing_steps=10)
+    train("train_imagenet", problem, tmp_path / "whole", **flags)
+    validation_loss = training.validation_loss
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validation_loss(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "validation_loss", signalled)
+        train("train_imagenet", problem, tmp_path / "stopped", **flags)
+    assert [path.name for path in checkpoints_in(tmp_path / "stopped")] == ["checkpoint-3"]
+    assert not (tmp_path / "stopped" / "transformer").exists()
+    train("train_imagenet", problem, tmp_path / "stopped", resume_from_checkpoint="latest", **flags)
+    expected = weights_in(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in weights_in(tmp_path / "stopped").items())
+
+
 @pytest.mark.parametrize("bad_steps, ends", [((3,), False), ((2, 3, 4), True)])
 def test_a_non_finite_step_is_left_out_and_too_many_end_the_run(bad_steps, ends, problem, tmp_path, monkeypatch):
     """Masks and order move on all the same: the run with the step left out is known in advance."""
@@ -620,7 +639,7 @@ def test_sharded_weights_train_resume_and_export_as_whole_ones(two_processes):
     expected, actual = (read_log(two_processes / name) for name in ("equal", "sharded"))
     assert len(actual) == len(expected)
     texts = {"kind", "split"}
-    if torch.__version__.startswith("2.8."):  # which adds up the gradients of FSDP2 on the CPU and does not divide them
+    if torch.__version__.startswith("2.8."):  # FSDP2's gradients on the CPU are sums there, not means
         texts.add("grad_norm")
     for one, two in zip(expected, actual):
         for name in one.keys() - texts:

@@ -176,25 +176,26 @@ def add_optimization_flags(parser: argparse.ArgumentParser, **recipe: tuple) -> 
     """
     group = parser.add_argument_group("optimization")
 
-    def add(name: str, type: type, help: str, default=None, choices: list[str] | None = None) -> None:
-        default, source = recipe.pop(name, (default, ""))
-        group.add_argument(f"--{name}", type=type, default=default, choices=choices, help=f"{help} {source}".strip())
+    def add(name: str, kind: type, help: str, *default, choices: list[str] | None = None) -> None:
+        """Without a default the recipe must have one."""
+        value, source = recipe.pop(name) if name in recipe or not default else (*default, "")
+        group.add_argument(f"--{name}", type=kind, default=value, choices=choices, help=f"{help} {source}".strip())
 
     add("train_batch_size", int, "Images per process and micro-batch.")
     add("gradient_accumulation_steps", int, "Micro-batches of a batch; the gradient is that of the large batch.", 1)
-    add("num_train_epochs", int, "Passes over the data.")
-    add("max_train_steps", int, "Optimizer steps; overrides --num_train_epochs.")
-    add("max_train_seconds", float, "Stop cleanly after this long, the learning rate's cosine at 0.")
+    add("num_train_epochs", int, "Passes over the data.", None)
+    add("max_train_steps", int, "Optimizer steps; overrides --num_train_epochs.", None)
+    add("max_train_seconds", float, "Stop cleanly after this long, the learning rate's cosine at 0.", None)
     add("learning_rate", float, "After the warm-up.")
-    add("lr_scheduler", str, "After the warm-up; cosine goes down to 0.", "cosine", ["cosine", "constant"])
+    add("lr_scheduler", str, "After the warm-up; cosine goes down to 0.", "cosine", choices=["cosine", "constant"])
     add("lr_warmup_steps", int, "Linear.", 0)
-    add("adam_beta1", float, "Of the optimizer.")
-    add("adam_beta2", float, "Of the optimizer.")
+    add("adam_beta1", float, "Of Adam.")
+    add("adam_beta2", float, "Of Adam.")
     add("max_grad_norm", float, "0 does not clip.")
     add("ema_decay", float, "Of averaged weights, which are exported; 0 turns averaging off.")
     add("max_nonfinite_steps", int, "Steps whose loss or gradient is NaN or infinite are left out; so many in a row "
         "end the run.", 10)  # fmt: skip
-    add("mixed_precision", str, "Default: as `accelerate config` has it.", None, ["no", "fp16", "bf16"])
+    add("mixed_precision", str, "Default: as `accelerate config` has it.", None, choices=["no", "fp16", "bf16"])
     add("seed", int, "Of all random numbers.", 0)
     group.add_argument("--gradient_checkpointing", action="store_true",
                        help="Compute activations again in the backward pass instead of keeping them: less memory, "
@@ -221,10 +222,10 @@ def add_output_flags(
         "--validation_steps", type=int, default=1000, help=f"Steps between two validations: {validation}."
     )
     group.add_argument("--checkpointing_steps", type=int, default=1000, help="Steps between two checkpoints.")
-    group.add_argument("--checkpoints_total_limit", type=int, help="Keep the newest. Default: all.")
+    group.add_argument("--checkpoints_total_limit", type=int, help="Keep so many, the newest. Default: all.")
     group.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' for the newest, if any.")
     group.add_argument(
-        "--overwrite_output_dir", action="store_true", help="Begin anew where a run is; its checkpoints are deleted."
+        "--overwrite_output_dir", action="store_true", help="Begin anew where a run is; its checkpoints and grids go."
     )
     group.add_argument(
         "--report_to",
@@ -264,8 +265,8 @@ def add_codes_flags(group, condition_dropout: float | None = None) -> None:
 
 
 def add_training_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
-    """Optimization and output of the second stage. Help marked (paper) gives values of the paper's section on training
-    details, (RQ-VAE authors) those of their configuration files for what the paper leaves out."""
+    """Optimization and output of the second stage. What the help gives as the paper's is from its section on training
+    details, and as the RQ-VAE authors' from their configuration files, for what the paper leaves out."""
     group = add_optimization_flags(
         parser,
         train_batch_size=(256, "Total batch of the RQ-VAE authors: 2048, which is the default on 8 devices; the paper "

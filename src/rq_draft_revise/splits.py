@@ -40,7 +40,7 @@ def load_splits(
     """The training split, and by name the validation splits, each of at most `--max_validation_images` rows.
 
     Args:
-        args: The flags of [`add_data_flags`] and [`add_validation_flags`], and `max_validation_images`.
+        args: The flags of [`add_data_flags`] and [`add_validation_flags`].
         condition_column (`str`, *optional*): Column of captions or labels.
         condition_name (`str`, *optional*): Its flag: `"caption_column"` or `"label_column"`.
 

@@ -202,12 +202,58 @@ def configure_deepspeed(args, accelerator: Accelerator) -> None:
     config["torch_autocast"] = autocast
 
 
+# ------------------------------------------------------------------------------------------------------------ export
+
+
+def export_pipeline(
+    run: TrainingRun,
+    pipeline: "DiffusionPipeline",
+    model: torch.nn.Module,
+    training: str,
+    prompt: str | None = None,
+) -> None:
+    """Write the pipeline with whole weights and its card. Every process calls it.
+
+    Args:
+        model: `pipeline.transformer` as it trained, wrapped.
+        training (`str`), prompt (`str`, *optional*): For the card.
+    """
+    args, accelerator = run.args, run.accelerator
+    weights = accelerator.get_state_dict(model)  # gathers what is sharded
+    if accelerator.is_main_process:
+        kind = type(pipeline.transformer)
+        with torch.device("meta"):
+            transformer = kind.from_config(pipeline.transformer.config)
+        transformer.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()}, assign=True)
+        accepted = inspect.signature(type(pipeline).__init__).parameters
+        settings = {name: value for name, value in pipeline.config.items() if name in accepted}
+        components = {**settings, **pipeline.components, "vae": pipeline.vae.cpu(), "transformer": transformer.eval()}
+        exported = type(pipeline)(**components)
+        exported.save_pretrained(args.output_dir)
+        source = args.dataset_name or args.train_data_dir or ", ".join(args.data_files)
+        filtering = None
+        if args.filter_column is not None:
+            bounds = [bound for bound in (args.filter_min, args.filter_max) if bound is not None]
+            filtering = f"only rows whose `{args.filter_column}` is within the bounds {bounds}."
+        card = model_card(
+            exported,
+            args.hub_model_id or str(args.output_dir),
+            data=f"`{source}`, split `{args.train_split}`.",
+            data_filtering=filtering,
+            training=training,
+            prompt=prompt,
+        )
+        card.save(Path(args.output_dir) / "README.md")
+    accelerator.wait_for_everyone()
+
+
 # -------------------------------------------------------------------------------------------------------------- loop
 
 
 def train(
     args,
     accelerator: Accelerator,
+    project: str,
     pipeline: "DiffusionPipeline",
     condition_name: str | None,
     batches_from: BatchSource,
@@ -215,7 +261,7 @@ def train(
     validation_sets: dict[str, ValidationSet],
     sample_condition: dict[str, list],
     skipped: SkippedRows,
-    export: Callable[..., None] | None = None,
+    export: Callable[[TrainingRun, "DiffusionPipeline", torch.nn.Module, str], None] = export_pipeline,
 ) -> bool:
     """Train `pipeline.transformer`, or what of it is not frozen, on codes and export it to `args.output_dir`.
 
@@ -224,7 +270,9 @@ def train(
     global batch, however it is split into processes and micro-batches.
 
     Args:
-        args: The flags of [`add_training_flags`]; they say what each is.
+        args: The flags of [`add_optimization_flags`], [`add_codes_flags`] and [`add_output_flags`], which say what
+            each is, and `num_validation_images`.
+        project (`str`): The run's name in trackers.
         pipeline: With the transformer as initialised, equal in all processes, and the frozen RQ-VAE.
         condition_name (`str`, *optional*): `"class_labels"` or `"input_ids"`, the transformer's argument.
         batches_from: Where this process's endless micro-batches come from.
@@ -232,7 +280,7 @@ def train(
         validation_sets: By name.
         sample_condition: The pipeline's argument for the sample grid, see [`sample_images`].
         skipped: Rows that the batches leave out.
-        export: Writes the result; takes the arguments of [`export_pipeline`], the default.
+        export: Writes the result: see [`export_pipeline`].
 
     Returns:
         Whether the run came to its end; False after a signal, with a checkpoint and without an export.
@@ -270,13 +318,13 @@ def train(
     set_seed(args.seed, device_specific=True)
 
     # 2. The run, which a checkpoint may have brought on its way
-    run = TrainingRun(args, accelerator, num_images, batches_from.digest)
+    run = TrainingRun(args, accelerator, project, num_images, batches_from.digest)
     accelerator.print(
         f"parameters: {sum(p.numel() for p in parameters):,}\n"
         f"images: {'unknown number of' if num_images is None else f'{num_images:,}'} training"
         + "".join(f", {len(codes):,} {name}" for name, (codes, _) in validation_sets.items())
         + f"; skipped rows: {skipped}\n"
-        f"codes: {config.height}x{config.width}x{config.code_depth} of {config.codebook_size:,}\n{run.length()}"
+        f"codes: {config.height}x{config.width}x{config.code_depth} of {config.codebook_size:,}\n{run.describe()}"
     )
 
     def validate():
@@ -349,7 +397,7 @@ def train(
         )
         if ema is not None:
             ema.copy_to(parameters)
-        (export or export_pipeline)(run, pipeline, model, training, sample_condition)
+        export(run, pipeline, model, training)
     run.close(skipped)
     return run.is_finished
 
@@ -417,46 +465,3 @@ def losses_line(losses: dict[str, Any]) -> str:
                       f"{value:.4f}")
         for name, value in losses.items()
     )  # fmt: skip
-
-
-def export_pipeline(
-    run: TrainingRun,
-    pipeline: "DiffusionPipeline",
-    model: torch.nn.Module,
-    training: str,
-    sample_condition: dict[str, list],
-) -> None:
-    """Write the pipeline with whole weights and its card. Every process calls it.
-
-    Args:
-        model: `pipeline.transformer` as it trained, wrapped.
-        training (`str`): For the card.
-        sample_condition (`dict`): Its first prompt is the card's.
-    """
-    args, accelerator = run.args, run.accelerator
-    weights = accelerator.get_state_dict(model)  # gathers what is sharded
-    if accelerator.is_main_process:
-        kind = type(pipeline.transformer)
-        with torch.device("meta"):
-            transformer = kind.from_config(pipeline.transformer.config)
-        transformer.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()}, assign=True)
-        accepted = inspect.signature(type(pipeline).__init__).parameters
-        settings = {name: value for name, value in pipeline.config.items() if name in accepted}
-        components = {**settings, **pipeline.components, "vae": pipeline.vae.cpu(), "transformer": transformer.eval()}
-        exported = type(pipeline)(**components)
-        exported.save_pretrained(args.output_dir)
-        source = args.dataset_name or args.train_data_dir or ", ".join(args.data_files)
-        filtering = None
-        if args.filter_column is not None:
-            bounds = [bound for bound in (args.filter_min, args.filter_max) if bound is not None]
-            filtering = f"only rows whose `{args.filter_column}` is within the bounds {bounds}."
-        card = model_card(
-            exported,
-            args.hub_model_id or str(args.output_dir),
-            data=f"`{source}`, split `{args.train_split}`.",
-            data_filtering=filtering,
-            training=training,
-            prompt=next(iter(sample_condition.get("prompt", [])), None),
-        )
-        card.save(Path(args.output_dir) / "README.md")
-    accelerator.wait_for_everyone()

@@ -17,6 +17,7 @@ from .budget import Budget
 from .checkpoints import checkpoints_in, load_checkpoint, save_checkpoint
 from .data import SkippedRows
 from .divergence import NonFiniteGuard
+from .flags import tracked
 from .interruption import StopSignal
 from .publishing import create_repository
 from .training_log import LogWindow, TrainingLog
@@ -71,8 +72,11 @@ def open_output(args, accelerator: Accelerator) -> str | None:
     output_dir.mkdir(parents=True, exist_ok=True)
     repo_id = create_repository(args)
     args.hub_model_id = repo_id or args.hub_model_id  # which the card names
-    for folder in before:  # only now: the repository might have been refused
-        shutil.rmtree(folder)
+    if not is_resumed:  # only now: the repository might have been refused
+        for folder in before:
+            shutil.rmtree(folder)
+        for grid in (*output_dir.glob("samples-*.png"), *output_dir.glob("reconstructions-*.png")):
+            grid.unlink()
     return repo_id
 
 
@@ -82,7 +86,7 @@ def open_output(args, accelerator: Accelerator) -> str | None:
 class TrainingRun:
     """One run: how far it is, and what is done between its optimizer steps.
 
-        run = TrainingRun(args, accelerator, num_images)
+        run = TrainingRun(args, accelerator, "train_imagenet", num_images)
         for fraction in run.steps(parameters, validate, summarize):
             run.learning_rate = learning_rate_at(run.step, fraction, args.learning_rate)
             ...  # gradients
@@ -97,6 +101,7 @@ class TrainingRun:
 
     Args:
         args: The flags of [`add_optimization_flags`] and [`add_output_flags`].
+        project (`str`): The run's name in trackers, which are started here.
         num_images (`int`, *optional*): Training images, if known.
         data_digest (`str`, *optional*): Of the data, which have to be the same on resuming.
         **marks: What else a checkpoint is to hold, with its value at the beginning.
@@ -116,7 +121,13 @@ class TrainingRun:
     """
 
     def __init__(
-        self, args, accelerator: Accelerator, num_images: int | None, data_digest: str | None = None, **marks: Any
+        self,
+        args,
+        accelerator: Accelerator,
+        project: str,
+        num_images: int | None,
+        data_digest: str | None = None,
+        **marks: Any,
     ):
         self.args, self.accelerator, self.num_images = args, accelerator, num_images
         self.output_dir = Path(args.output_dir)
@@ -128,7 +139,8 @@ class TrainingRun:
         )
         self._data = {"num_images": num_images, "max_train_steps": self.max_train_steps, "data_digest": data_digest}
 
-        before = {"step": 0, "images": 0, "seconds": 0.0, "skipped_steps": 0, "places": None, "window": None}
+        before = {"step": 0, "images": 0, "seconds": 0.0, "skipped_steps": 0, "places": None, "window": None,
+                  "is_loss_bad": False}  # fmt: skip
         if args.resume_from_checkpoint is not None:
             run = (self.output_dir, args.resume_from_checkpoint, vars(args), self._data)
             before |= load_checkpoint(accelerator, *run) or {}
@@ -136,13 +148,16 @@ class TrainingRun:
         self.place = None if before["places"] is None else tuple(before["places"][accelerator.process_index])
         self.marks = {name: before.get(name, value) for name, value in marks.items()}
         self.learning_rate = args.learning_rate
+        if args.report_to is not None:  # only now: the checkpoint might have been refused
+            accelerator.init_trackers(project, config=tracked(args))
         self.log = TrainingLog(accelerator, self.output_dir, self.step)
         self.budget = Budget(accelerator, self.max_train_steps, args.max_train_seconds, before["seconds"])
         self._guard = NonFiniteGuard(accelerator, args.max_nonfinite_steps)
         self._guard.num_skipped = before["skipped_steps"]
+        self._first_step, self._begins_with_bad_loss = self.step, before["is_loss_bad"]
         self._window = LogWindow(accelerator, before["window"])
 
-    def length(self) -> str:
+    def describe(self) -> str:
         """Batch and steps, two lines for a person."""
         args, total = self.args, self.total_batch_size
         return (
@@ -173,11 +188,11 @@ class TrainingRun:
         validate: Callable[[], None] | None,
         summarize: Callable[[dict[str, Any]], tuple[dict[str, Any], str]],
     ) -> Iterator[float]:
-        """Once an optimizer step, the fraction of the budget that is used: 0 at first, and below 1.
+        """Yields, once an optimizer step, the fraction of the budget that is used, below 1.
 
         After each it counts the step, and as often as the flags say writes a line of the log, validates and writes a
         checkpoint; after the last, if not just now, it writes the line and validates. A signal ends it with a
-        checkpoint.
+        checkpoint, also one in that validation.
 
         Args:
             parameters: What trains.
@@ -187,8 +202,9 @@ class TrainingRun:
 
         Raises:
             `RuntimeError`: at the end, for weights that are not to be exported. No step was finite, or a weight is
-                not; or the last loss was not, which is that of these weights, as no further step has changed them:
-                those are in a checkpoint then.
+                not (with ZeRO-3 no process has them to look at); or the last loss was not, which is that of the
+                weights that train, whatever their averages, as no further step has changed them: those are in a
+                checkpoint then.
         """
         args = self.args
         bar = tqdm(
@@ -214,15 +230,17 @@ class TrainingRun:
                     is_stopped = stop.requested()
                     if is_stopped or self.step % args.checkpointing_steps == 0:
                         self._checkpoint()
+            if not is_stopped:
+                self._check_weights(parameters)
+                if validate is not None and self.step % args.validation_steps != 0:
+                    validate()
+                    if is_stopped := stop.requested():
+                        self._checkpoint()
+        self.is_finished = not is_stopped
         if is_stopped:
             self.accelerator.print(
                 f"Stopped by a signal: wrote checkpoint-{self.step}; --resume_from_checkpoint latest goes on."
             )
-            return
-        self._check_weights(parameters)
-        self.is_finished = True
-        if validate is not None and self.step % args.validation_steps != 0:
-            validate()
 
     def _check_weights(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """The errors at the end of [`steps`]. For every process to call."""
@@ -230,7 +248,9 @@ class TrainingRun:
         num_bad = torch.stack([~shard.detach().isfinite().all() for shard in shards]).sum()
         num_finite = self.step - self._guard.num_skipped
         rest = ""
-        if num_finite == 0:
+        if self.step == 0:
+            fault = "the weights are those of the beginning: --max_train_seconds was over before the first"
+        elif num_finite == 0:
             fault = "the weights are those of the beginning"
         elif self.accelerator.reduce(num_bad, "sum").item() > 0:
             fault = "a weight is NaN or infinite"
@@ -239,6 +259,8 @@ class TrainingRun:
             fault = "the loss is NaN or infinite"
             rest = f" checkpoint-{self.step} has these weights: to resume from it exports them all the same."
         else:
+            if self._begins_with_bad_loss and self.step == self._first_step:
+                self.accelerator.print("Warning: the last loss of these weights was NaN or infinite.")
             return
         raise RuntimeError(
             f"Nothing is exported: of {self.step:,} steps {num_finite:,} were finite, and {fault}. Usual causes: a "
@@ -265,13 +287,16 @@ class TrainingRun:
         self._window.clear()
 
     def _checkpoint(self) -> None:
-        places = None if self.place is None else gathered(self.place, self.accelerator)
+        places = None
+        if self.place is not None:
+            places = self.accelerator.gather(torch.tensor([self.place], device=self.accelerator.device)).tolist()
         progress = {
             "step": self.step,
             "images": self.images_seen,
             "epoch": self.images_seen // self.num_images if self.num_images else self.place[0],
             "seconds": self.budget.elapsed(),
             "skipped_steps": self._guard.num_skipped,
+            "is_loss_bad": self._guard.is_loss_bad,
             "places": places,
             "window": self._window.state(),
             **self.marks,
@@ -289,11 +314,6 @@ class TrainingRun:
                 f"{self.budget.elapsed():,.0f} seconds; skipped rows: {skipped}; skipped steps: "
                 f"{self._guard.num_skipped:,}."
             )
-
-
-def gathered(place: tuple[int, int], accelerator: Accelerator) -> list[list[int]]:
-    """The places of all processes."""
-    return accelerator.gather(torch.tensor([place], device=accelerator.device)).tolist()
 
 
 # --------------------------------------------------------------------------------------------------- averaged weights
