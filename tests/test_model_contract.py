@@ -203,6 +203,8 @@ def test_every_argument_is_in_the_config_which_survives_json(case):
     ids=lambda function: function.__qualname__,
 )
 def test_documented_defaults_are_those_of_the_signature(function):
+    if function.__qualname__.startswith("apply_forward_hook"):
+        pytest.skip("diffusers 0.40 puts a wrapper without docstring in the place of the method")
     parameters = inspect.signature(function).parameters
     documented = re.findall(r"(\w+) \(`[^`]+`(?: of [^)]*)?, defaults to `?([^`)]+?)`?\)", function.__doc__)
     assert documented

@@ -158,8 +158,8 @@ class ContextualRQTransformerModel(ModelCardMixin, CodeTransformerMixin, ModelMi
     @property
     def null_condition_id(self) -> int | None:
         """The label or token that stands for "no condition"; `None` for an unconditional model."""
-        vocabulary = (self.config.num_classes, self.config.text_vocab_size)
-        return next((size for size in vocabulary if size is not None), None)
+        num_classes = self.config.num_classes
+        return self.config.text_vocab_size if num_classes is None else num_classes
 
     def forward(
         self,
