@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rq_draft_revise.masks import random_mask
+from rq_draft_revise.masks import draws_of_step, random_mask
 
 
 def distance_from_cosine(num_masked: torch.Tensor, num_positions: int) -> float:
@@ -60,3 +60,31 @@ def test_at_least_one_position_is_masked_and_at_most_all():
         for stratified in (True, False):
             counts = random_mask(3000, num_positions, torch.Generator().manual_seed(1), stratified).sum(1)
             assert counts.min() == 1 and counts.max() == num_positions
+
+
+@pytest.mark.parametrize("stratified", [True, False])
+def test_the_draws_of_a_step_are_stratified_only_if_asked_to_be(stratified):
+    batch_size, num_positions = 8, 256
+    bounds = num_positions * torch.cos(torch.arange(batch_size + 1) / batch_size * math.pi / 2)  # of the strata
+    for step in range(20):
+        counts = draws_of_step(batch_size, num_positions, 0.0, 0, step, stratified).masks.sum(1).sort().values.flip(0)
+        has_one_of_each = ((bounds[1:] <= counts) & (counts <= bounds[:-1].ceil())).all()
+        assert has_one_of_each == stratified  # of 20 independent batches none has: a chance of 8!/8^8 each
+
+
+def test_each_seed_and_each_step_has_draws_of_its_own_and_they_repeat():
+    def drawn(seed, step):
+        draws = draws_of_step(4, 64, 0.5, seed, step)
+        return draws.masks.flatten().tolist(), draws.dropped.tolist()
+
+    runs = [(seed, step) for seed in (0, 1, 2) for step in (0, 1, 2, 1000)]
+    masks = [tuple(drawn(*run)[0]) for run in runs]
+    assert len(set(masks)) == len(runs)
+    assert [drawn(*run) for run in runs] == [drawn(*run) for run in runs]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_as_many_conditions_are_dropped_as_asked_for_whatever_the_mask(masked):
+    for dropout in (0.0, 0.3, 1.0):
+        dropped = torch.stack([draws_of_step(8, 4, dropout, 0, step, masked=masked).dropped for step in range(500)])
+        assert abs(dropped.double().mean() - dropout) <= 5 * math.sqrt(dropout * (1 - dropout) / 4000)
