@@ -167,6 +167,17 @@ def test_an_image_is_judged_the_same_alone_and_in_any_batch():
     assert not list(discriminator.buffers()), "running statistics would tie images together"
 
 
+def test_the_discriminator_begins_undecided_and_passes_a_fifth_of_what_is_negative():
+    discriminator = PatchDiscriminator(channels=8)
+    assert not discriminator(torch.zeros(1, 3, 16, 16)).any()  # no bias says anything yet
+    for module in discriminator.layers:
+        if isinstance(module, torch.nn.LeakyReLU):
+            torch.testing.assert_close(module(torch.tensor([-1.0, 1.0])), torch.tensor([-0.2, 1.0]))
+        if isinstance(module, torch.nn.Conv2d):
+            spread = module.weight.detach().double().square().mean().sqrt() / 0.02
+            assert abs(spread - 1) < 5 / (2 * module.weight.numel()) ** 0.5
+
+
 def test_the_smallest_image_gives_one_logit():
     for layers in (1, 2, 3):
         discriminator = PatchDiscriminator(channels=4, num_layers=layers)

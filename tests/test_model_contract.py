@@ -142,6 +142,28 @@ def assert_equal(ours: dict, reference: dict, atol: float = 1e-5) -> None:
         assert difference <= atol, f"{name} differs by {float(difference)}"
 
 
+# ---- before training
+
+
+@pytest.mark.parametrize("cls", [ContextualRQTransformerModel, RQTransformerModel])
+@pytest.mark.parametrize("condition", [dict(num_classes=40), dict(text_vocab_size=40, max_text_length=12)])
+def test_weights_begin_small_and_biases_at_zero(cls, condition):
+    """At a standard deviation of 0.02, whatever their shape, so that all codes begin with the same probability."""
+    sizes = dict(codebook_size=50, codebook_dim=300, num_spatial_layers=2, num_depth_layers=2, num_attention_heads=4)
+    with seeded(0):
+        model = cls(attention_head_dim=16, **sizes, **condition)
+    norms = {name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)}
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if kind == "bias":
+            assert not parameter.any(), name
+        elif module in norms:
+            assert (parameter == 1).all(), name
+        else:
+            ratio = parameter.detach().double().square().mean().sqrt() / 0.02
+            assert abs(ratio - 1) < 5 / (2 * parameter.numel()) ** 0.5, name
+
+
 # ---- forward
 
 
