@@ -223,7 +223,10 @@ def test_the_loss_is_the_negative_log_likelihood_of_the_masked_stacks(condition,
     log_probs = output.text_logits.double().log_softmax(dim=-1)  # (B, P-1, V)
     text_loss = -log_probs.gather(-1, arguments["input_ids"][:, 1:].unsqueeze(-1)).mean()
     torch.testing.assert_close(output.text_loss.double(), text_loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(output.loss.double(), 0.9 * by_hand + 0.1 * text_loss, rtol=1e-5, atol=0)
+    for weight in (0.0, 0.3, 1.0):
+        model = tiny_transformer(condition, code_depth=code_depth, text_loss_weight=weight)
+        loss = model(masked_codes(model, labels, masked), labels=labels, **arguments).loss.detach().double()
+        torch.testing.assert_close(loss, (1 - weight) * by_hand + weight * text_loss, rtol=1e-5, atol=0)
 
 
 def test_null_texts_teach_no_text():
@@ -636,8 +639,18 @@ def test_a_call_that_makes_no_sense_is_refused(condition, arguments, message):
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"height": 0}, "`height` must be at least 1, got 0"),
-        ({"code_depth": 0}, "`code_depth` must be at least 1, got 0"),
+        *(
+            ({name: 0}, f"`{name}` must be at least 1, got 0")
+            for name in (
+                "height",
+                "width",
+                "code_depth",
+                "codebook_size",
+                "codebook_dim",
+                "num_attention_heads",
+                "attention_head_dim",
+            )
+        ),
         ({"num_classes": 5, "text_vocab_size": 7}, "not both: got 5 and 7"),
         ({"text_loss_weight": 1.5}, r"`text_loss_weight` must lie in \[0, 1\], got 1.5"),
     ],
