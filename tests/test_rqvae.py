@@ -129,6 +129,12 @@ def test_a_masked_position_decodes_as_the_zero_vector(config):
     torch.testing.assert_close(undrafted, from_nothing, rtol=0, atol=1e-5)
 
 
+def test_without_attention_in_the_middle_neither_half_has_any():
+    vae = tiny_vae(mid_block_add_attention=False)
+    for half in (vae.encoder, vae.decoder):
+        assert not [attention for attention in half.mid_block.attentions if attention is not None]
+
+
 def test_patches_are_channels():
     """`patch_size` rearranges pixels before and after the same network."""
     patched = tiny_vae(patch_size=2)
@@ -209,6 +215,20 @@ def test_stochastic_codes_follow_their_probabilities():
     assert expected.min() > 5
     chi_square, freedom = float(((observed - expected) ** 2 / expected).sum()), 16 * 7
     assert abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+def test_stochastic_codes_come_from_the_generator_alone():
+    vae, pixels = tiny_vae(), random_pixels(1)
+
+    def drawn(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            return vae.soft_codes(pixels, tau=2.0, stochastic=True, generator=generator).codes
+
+    before = torch.get_rng_state()
+    codes = drawn(1)
+    assert torch.equal(drawn(1), codes) and not torch.equal(drawn(2), codes)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("tau", [0, -1.0, float("nan"), float("inf")])
