@@ -14,13 +14,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from components import NUM_CLASSES, WORDS, tiny_tokenizer
+from components import NUM_CLASSES, WORDS, tiny_tokenizer, tiny_vae
 from datasets.exceptions import DatasetNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rq_draft_revise.batches import drawn_images, one_ahead, streamed_images
+from rq_draft_revise import batches
+from rq_draft_revise.batches import drawn_images, key_of, one_ahead, streamed_images
 from rq_draft_revise.captions_and_labels import class_labels_of, input_ids_of
 from rq_draft_revise.data import SkippedRows, digest_of_rows, load_split, split_names, undecoded, without_empty
 from rq_draft_revise.decoded_images import (
@@ -431,6 +432,24 @@ def test_random_crops_are_squares_of_the_image_at_every_place():
     assert int(decode_image(image, 8, crop=(1.0, 1.0))[0, 0, 0]) == width - 8
     tall = image.transpose(Image.Transpose.TRANSPOSE)
     assert int(decode_image(tall, 8, crop=(0.0, 0.0))[0, 0, 0]) == 0
+
+
+def test_an_image_is_flipped_every_second_time_and_cropped_at_its_own_two_numbers():
+    _, draws = next(training_draws(1000, 0, 2000, 0, 1, seed=0))
+    keys = [key_of(7, u, random_flip=True, random_crop=True) for u in draws]
+    flips = sum(flip for _, flip, *_ in keys)
+    assert abs(flips - 1000) < 5 * math.sqrt(2000 / 4)
+    assert {key[0] for key in keys} == {7} and [key[2:] for key in keys] == [tuple(u) for u in draws[:, 1:].tolist()]
+    assert key_of(7, draws[0], random_flip=False, random_crop=False) == (7, False)
+
+
+def test_the_same_image_is_encoded_with_other_random_numbers_each_time(monkeypatch):
+    vae, pixels = tiny_vae(), torch.randint(256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    draws = [torch.full((2, 3), u, dtype=torch.float64) for u in (0.1, 0.2, 0.1)]
+    seen = [(pixels, torch.arange(2), u) for u in draws]
+    monkeypatch.setattr(batches, "drawn_images", lambda dataset, **images: seen)
+    first, other, again = (batch.codes for batch in batches.image_batches(None, None, vae, tau=2.0))
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_every_epoch_draws_new_views_and_crops_uniformly():
