@@ -111,6 +111,21 @@ def test_nothing_outside_its_mask_changes(pipes, condition, selection):
     assert torch.equal(decoded, pipe.decode_latents(codes, output_type="pt"))
 
 
+def test_images_need_not_be_square():
+    pipe = DraftAndReviseInpaintPipeline(**tiny_pipeline("text", height=2, width=3).components)
+    pipe.set_progress_bar_config(disable=True)
+    image, mask = photo().resize((6, 4)), box(4, 0, 6, 3, 6).crop((0, 0, 6, 4))  # PIL has the width first
+    region = torch.tensor([[[False, False, True]] * 2])
+    codes, known = codes_of(pipe, image, mask, "a cat", generator=generators(1)), encode(pipe, image)
+    assert torch.equal(codes[~region], known[~region]) and not torch.equal(codes[region], known[region])
+    assert torch.equal(codes_of(pipe, image, mask=region, prompt="a cat", generator=generators(1)), codes)
+    (filled,) = pipe(image, mask, "a cat", generator=generators(1)).images
+    assert filled.size == image.size
+    assert np.array_equal(np.asarray(filled)[~white(mask)], np.asarray(image)[~white(mask)])
+    (larger,) = pipe(image.resize((12, 8)), mask.resize((12, 8)), "a cat", output_type="latent").images
+    assert larger.shape == codes.shape[1:]
+
+
 @pytest.mark.parametrize("output_type", ["latent", "pt", "pil"])
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_an_all_white_mask_is_generation(bases, pipes, condition, output_type):
@@ -130,6 +145,31 @@ def test_an_all_black_mask_returns_the_input_and_says_so(pipe, warnings_of_the_p
     warnings_of_the_pipeline.clear()
     pipe(photo(), box(0, 0, 1, 1), "a cat")
     assert warnings_of_the_pipeline.text == ""
+
+
+def test_images_with_an_empty_mask_are_named_and_come_back(pipe, warnings_of_the_pipeline):
+    masks = [box(0, 0, 0, 0), box(0, 0, 8, 4), box(0, 0, 0, 0)]
+    images = pipe([photo(1), photo(2), photo(3)], masks, "a cat", generator=generators(1, 2, 3)).images
+    assert "The mask is empty for image(s) [0, 2] of 3: nothing to fill there." in warnings_of_the_pipeline.text
+    assert [image.tobytes() == photo(i).tobytes() for i, image in enumerate(images, 1)] == [True, False, True]
+
+
+def test_there_are_as_many_steps_as_asked_for_and_a_tuple_holds_the_same_images(pipe):
+    for num_inference_steps, num_revise_steps, num_revisions in ((5, 1, 0), (1, 3, 2), (8, 8, 1)):
+        steps = dict(num_inference_steps=num_inference_steps, num_revise_steps=num_revise_steps)
+        arguments = dict(steps, num_revisions=num_revisions, prompt="a cat", output_type="latent")
+        images = pipe(photo(), box(0, 0, 8, 4), generator=generators(1), **arguments).images
+        assert pipe.num_timesteps == num_inference_steps + num_revisions * num_revise_steps
+        same = pipe(photo(), box(0, 0, 8, 4), generator=generators(1), return_dict=False, **arguments)
+        assert isinstance(same, tuple) and len(same) == 1 and torch.equal(same[0], images)
+
+
+def test_a_saved_default_of_no_draft_steps_still_drafts_what_is_masked():
+    base = tiny_pipeline("text", scheduler=dict(num_inference_steps=0, num_revise_steps=1, num_revisions=2))
+    pipe = DraftAndReviseInpaintPipeline(**base.components)
+    pipe.set_progress_bar_config(disable=True)
+    codes = codes_of(pipe, photo(), box(0, 0, 8, 4), "a cat", generator=generators(1))
+    assert pipe.num_timesteps == 1 + 2 and (codes < pipe.transformer.mask_token_id).all()
 
 
 def test_each_step_changes_only_masked_positions_and_the_draft_takes_each_once(pipe):

@@ -285,6 +285,27 @@ def test_revising_an_image_is_revising_its_codes(pipes, condition, selection):
     assert torch.equal(zero, expected)
 
 
+def test_images_need_not_be_square():
+    pipe = quiet_pipeline("text", height=2, width=3)
+    image = photo().resize((6, 4))  # PIL has the width first
+    assert pipe("a cat").images[0].size == (6, 4)
+    assert pipe("a cat", output_type="np").images.shape == (1, 4, 6, 3)
+    codes = encode(pipe, image)
+    assert codes.shape[1:3] == (2, 3)
+    larger = np.asarray(image).repeat(2, axis=0).repeat(2, axis=1)
+    for same in (image, np.asarray(image), [image]):
+        assert torch.equal(codes_of(pipe, "a cat", image=same, num_revisions=0), codes)
+    assert codes_of(pipe, "a cat", image=larger).shape == codes.shape
+    together = codes_of(pipe, ["a cat", "snow"], generator=generators(1, 2))
+    assert torch.equal(together[1:], codes_of(pipe, "snow", generator=generators(2)))
+    # a draft of one position leaves the others, wherever it lies
+    for row, column in ((0, 2), (1, 0)):
+        start = codes.clone()
+        start[:, row, column] = MASK
+        drafted = codes_of(pipe, "a cat", latents=start, num_revisions=0, generator=generator(row))
+        assert torch.equal(drafted[start != MASK], codes[start != MASK]) and (drafted != MASK).all()
+
+
 def test_the_number_of_revisions_is_how_far_an_image_is_left_behind(text_pipe):
     def revised(num_revisions, **arguments):
         return codes_of(

@@ -145,6 +145,9 @@ def test_encode_condition_needs_only_the_transformer(condition):
         with torch.no_grad():
             prefix = alone.encode_condition(**condition_kwargs)
         assert prefix.shape == (config.num_spatial_layers, 2, rows, pipe.transformer.prefix_length, *heads)
+        if (num_images, guided) == (1, False):  # the defaults
+            with torch.no_grad():
+                assert torch.equal(alone.encode_condition(**CALLS[condition]), prefix)
         # the images of a condition follow each other, and all null conditions come last
         single = prefix[:, :, ::num_images]
         torch.testing.assert_close(prefix, single.repeat_interleave(num_images, dim=2))
@@ -515,6 +518,18 @@ def test_offloading_changes_nothing(kind, dtype):
     assert pipe.vae.dtype == pipe.transformer.dtype == dtype
     if kind == "sequential":
         assert pipe.vae.decoder.conv_in.weight.is_meta and pipe.transformer.position_embedding.is_meta
+
+
+def test_after_a_call_every_pipeline_takes_its_models_off_the_device(monkeypatch):
+    pipe, baseline = tiny_pipeline(None), tiny_rq_pipeline(None)
+    inpaint = DraftAndReviseInpaintPipeline(**pipe.components)
+    everything = torch.ones(1, 4, 4, dtype=torch.bool)
+    for one, arguments in ((pipe, {}), (baseline, {}), (inpaint, dict(image=torch.zeros(3, 8, 8), mask=everything))):
+        freed = []
+        monkeypatch.setattr(one, "maybe_free_model_hooks", lambda freed=freed: freed.append(True))
+        for output_type in ("pt", "latent"):
+            quiet(one)(output_type=output_type, **arguments)
+        assert freed == [True, True], type(one).__name__
 
 
 def test_group_offloading_and_casting_by_layers_go_together():
