@@ -243,7 +243,10 @@ def steps_saved(output_dir: Path) -> int:
 def is_saving(output_dir: Path) -> bool:
     """Whether a checkpoint is half written: files, but not the manifest."""
     partial = list(output_dir.glob("checkpoint-*.partial"))
-    return bool(partial) and any(partial[0].iterdir()) and not (partial[0] / "manifest.json").exists()
+    try:
+        return bool(partial) and any(partial[0].iterdir()) and not (partial[0] / "manifest.json").exists()
+    except FileNotFoundError:  # it has just got its name
+        return False
 
 
 def is_exporting(output_dir: Path) -> bool:
