@@ -167,6 +167,35 @@ def test_only_the_adapter_trains(problem, tmp_path, monkeypatch):
     assert all(layer.any() for key, layer in layers.items() if "lora_B" in key), "a layer did not train"
 
 
+def test_the_flags_of_the_adapter_are_its_configuration(problem):
+    common = ["--pretrained_model_name_or_path", "", "--train_data_dir", "images"]
+    cases = ((["--rank", "3", "--lora_alpha", "6", "--lora_dropout", "0.25"], (3, 6, 0.25)), ([], (4, 4, 0.0)))
+    for flags, expected in cases:
+        transformer, args = load(problem).transformer, train_lora.parse_args([*common, *flags])
+        train_lora.adapt(args, transformer)
+        config = transformer.peft_config["default"]
+        assert (config.r, config.lora_alpha, config.lora_dropout) == expected
+    assert (args.condition_dropout, args.ema_decay, args.lr_scheduler, args.max_train_steps) == (
+        0.1,
+        0,
+        "constant",
+        500,
+    )
+
+
+def test_the_second_view_of_an_image_is_the_mirrored_one(problem):
+    args = train_lora.parse_args(["--pretrained_model_name_or_path", "", "--train_data_dir", "images"])
+    dataset, pipe = datasets.load_dataset("imagefolder", data_dir=problem / "images", split="train"), load(problem)
+    mirrored = dataset.map(lambda row: {"image": row["image"].transpose(Image.Transpose.FLIP_LEFT_RIGHT)})
+    _, plain = train_lora.encode_images(args, dataset, pipe, "cpu")
+    _, other = train_lora.encode_images(args, mirrored, pipe, "cpu")
+    args.random_flip = True
+    _, both = train_lora.encode_images(args, dataset, pipe, "cpu")
+    assert torch.equal(both.int(), torch.cat([plain, other], dim=1).int()) and not torch.equal(
+        plain.int(), other.int()
+    )
+
+
 def test_a_saved_adapter_gives_the_same_codes_in_a_fresh_pipeline(problem, adapter, tmp_path):
     pipe = load(problem)
     base = draw(pipe)
@@ -433,12 +462,14 @@ def test_the_card_and_the_folder_show_the_grid_of_the_run_at_hand(problem, tmp_p
 
 
 def add_image(folder, name, damaged=False, **columns):
-    """One more row of an image folder. Rows are in the order of the files' names: 00.png comes after 0.png."""
+    """One more row of an image folder, in between by its name, as 00.png after 0.png, and in the file of captions."""
     Image.new("RGB", (8, 8), "red").save(folder / name)
     if damaged:
         (folder / name).write_bytes((folder / name).read_bytes()[:40])
-    with (folder / "metadata.jsonl").open("a") as file:
-        file.write(json.dumps({"file_name": name, **columns}) + "\n")
+    path = folder / "metadata.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    lines[1:1] = [json.dumps({"file_name": name, **columns})]
+    path.write_text("\n".join(lines) + "\n")
 
 
 @pytest.mark.parametrize("pipeline, column", [("pipeline", "text"), ("pipeline-class", "label")])
@@ -508,11 +539,12 @@ def test_what_is_no_condition_of_the_transformer_is_refused(pipeline, columns, m
 
 def test_captions_that_are_cut_are_counted(problem, capsys):
     args = train_lora.parse_args(["--pretrained_model_name_or_path", "", "--train_data_dir", "images"])
-    long = "a cat at night in the snow"
-    _, ids = train_lora.load_condition(args, datasets.Dataset.from_dict({"text": ["a cat", long]}), load(problem))
-    assert ids.shape == (2, MAX_TEXT_LENGTH)
+    fitting, long = "a cat at night in the", "a cat at night in the snow"
+    captions = datasets.Dataset.from_dict({"text": ["a cat", fitting, long]})
+    _, ids = train_lora.load_condition(args, captions, load(problem))
+    assert ids.shape == (3, MAX_TEXT_LENGTH)
     printed = capsys.readouterr().out
-    assert f"1 of 2 captions of which the model reads the first {MAX_TEXT_LENGTH} tokens, such as {long!r}" in printed
+    assert f"1 of 3 captions of which the model reads the first {MAX_TEXT_LENGTH} tokens, such as {long!r}" in printed
 
 
 def test_classes_are_those_of_the_pipeline_by_their_names(problem, capsys):
