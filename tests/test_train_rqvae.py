@@ -9,17 +9,20 @@ import signal
 import tarfile
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
 import train_rqvae
+from accelerate import Accelerator
 from claimed_device import claimed_device
 from components import forget_accelerator, run_in_two_processes, tiny_vae
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_losses import random_vgg16
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from rq_draft_revise import RQVAEModel, training_run
 from rq_draft_revise.checkpoints import checkpoints_in
@@ -596,19 +599,103 @@ def test_the_discriminator_learns_to_tell_and_the_adaptive_weight_is_clamped(pro
     assert all(entry["adversarial_weight"] == pytest.approx(0.75 * smallest / 2) for entry in log)
 
 
+def test_the_discriminator_is_told_which_images_are_real_and_its_loss_is_none_of_the_rqvaes():
+    discriminator = train_rqvae.PatchDiscriminator(3, 4)
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    out = SimpleNamespace(sample=(0.5 * images.flip(0)).requires_grad_())
+    values = train_rqvae.backward_discriminator(Accelerator(), discriminator, out, images)
+    assert values["discriminator_real"].item() == pytest.approx(discriminator(images).mean().item(), rel=1e-4)
+    assert values["discriminator_fake"].item() == pytest.approx(discriminator(out.sample).mean().item(), rel=1e-4)
+    assert out.sample.grad is None and all(p.grad.any() for p in discriminator.parameters())
+
+
+# --------------------------------------------------------------------------------------------------- what a step does
+
+
+@pytest.mark.parametrize("max_grad_norm, rate", [(0.01, 5e-3), (0, None)])
+def test_both_optimizers_step_as_the_flags_say_and_the_average_of_the_weights_is_exported(
+    max_grad_norm, rate, problem, tmp_path
+):
+    steps, weights = {}, []
+
+    def before(optimizer, *_):
+        (group,) = optimizer.param_groups
+        norm = torch.cat([p.grad.flatten() for p in group["params"] if p.grad is not None]).norm().item()
+        steps.setdefault(id(optimizer), []).append((group["lr"], group["betas"], norm))
+
+    def after(optimizer, *_):
+        if id(optimizer) == next(iter(steps)):  # that of the RQ-VAE, before the discriminator's begins
+            weights.append([p.detach().clone() for p in optimizer.param_groups[0]["params"]])
+
+    hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+    flags = {**GAN, "discriminator_start_step": 1, "lr_warmup_steps": 4}
+    try:
+        log = train(problem, tmp_path, train_batch_size=4, max_train_steps=6, learning_rate=1e-3, adam_beta1=0.6,
+                    adam_beta2=0.8, ema_decay=0.4, max_grad_norm=max_grad_norm, discriminator_learning_rate=rate,
+                    validation_split="none", **flags)  # fmt: skip
+    finally:
+        for hook in hooks:
+            hook.remove()
+    warmup = [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [entry["learning_rate"] for entry in log] == pytest.approx([1e-3 * share for share in warmup])
+    kinds = (("grad_norm", 1e-3, 0), ("discriminator_grad_norm", rate or 1e-3, 1))
+    for (name, peak, first), taken in zip(kinds, steps.values(), strict=True):
+        rates, betas, norms = zip(*taken)
+        assert rates == pytest.approx([peak * share for share in warmup[first:]]) and set(betas) == {(0.6, 0.8)}
+        bound = max_grad_norm or math.inf
+        assert norms == pytest.approx([min(entry[name], bound) for entry in log[first:]], rel=1e-3)
+        assert max(entry[name] for entry in log[first:]) > 0.01
+
+    averages = [p.detach().clone() for p in RQVAEModel.from_pretrained(problem / "vae").parameters()]
+    for i, live in enumerate(weights):
+        decay = min(0.4, 1 - (1 + i) ** (-2 / 3))
+        averages = [decay * average + (1 - decay) * weight for average, weight in zip(averages, live)]
+    for (key, tensor), expected in zip(RQVAEModel.from_pretrained(tmp_path).named_parameters(), averages, strict=True):
+        torch.testing.assert_close(tensor.detach(), expected, rtol=0, atol=1e-6, msg=key)
+
+
+def test_restarts_take_other_vectors_at_each_step_and_seed(problem, tmp_path, monkeypatch):
+    numbers, update_codebook = [], RQVAEModel.update_codebook
+
+    def recorded(self, latents, generator):
+        numbers.append(torch.rand(1, generator=generator.clone_state()).item())
+        return update_codebook(self, latents, generator=generator)
+
+    monkeypatch.setattr(RQVAEModel, "update_codebook", recorded)
+    for seed in (0, 1):
+        train(problem, tmp_path / f"{seed}", seed=seed, train_batch_size=4, max_train_steps=3, validation_split="none",
+              **PIXELS)  # fmt: skip
+    assert len(numbers) == len(set(numbers)) == 6
+
+
+@pytest.mark.parametrize("how", [None, "cache_images_in_memory", "streaming"])
+def test_another_seed_is_another_order(how, problem, tmp_path):
+    switches = {how: True} if how else {}
+    first, again, other = (
+        images_read(problem, tmp_path / f"{i}", train_batch_size=11, max_train_steps=2, seed=seed, **switches)
+        for i, seed in enumerate((0, 0, 1))
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
 # ----------------------------------------------------------------------------------------------------- steps left out
 
 
-@pytest.mark.parametrize("losses", [PIXELS, GAN], ids=["pixels", "discriminator"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(losses, problem, tmp_path, monkeypatch):
-    states, steps = [], []
+@pytest.mark.parametrize(
+    "losses, bad",
+    [(PIXELS, "reconstruction_loss"), (GAN, "reconstruction_loss"), (GAN, "discriminator_hinge_loss")],
+    ids=["pixels", "discriminator", "discriminator alone"],
+)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(losses, bad, problem, tmp_path, monkeypatch):
+    states, steps, original = [], [], getattr(train_rqvae, bad)
 
-    def poisoned(sample, pixel_values, kind, reconstruction_loss=train_rqvae.reconstruction_loss):
-        loss, mse = reconstruction_loss(sample, pixel_values, kind)
+    def poisoned(*args):
         steps.append(None)
-        return (loss * math.nan if len(steps) == 3 else loss), mse
+        loss, *others = out if isinstance(out := original(*args), tuple) else (out,)
+        loss = loss * math.nan if len(steps) == 3 else loss
+        return (loss, *others) if others else loss
 
-    monkeypatch.setattr(train_rqvae, "reconstruction_loss", poisoned)
+    monkeypatch.setattr(train_rqvae, bad, poisoned)
     log = train(problem, tmp_path, train_batch_size=5, max_train_steps=4, checkpointing_steps=1, learning_rate=1e-3,
                 ema_decay=0.5, validation_split="none", **losses)  # fmt: skip
     assert [entry["skipped_steps"] for entry in log] == [0, 0, 1, 1]
@@ -746,6 +833,7 @@ def test_the_loss_falls_on_eight_images_and_held_back_ones_are_not_what_was_lear
     assert np.mean(values[-10:]) < 0.1 * np.mean(values[:3])
     (entry,) = (e for e in log if e["kind"] == "validation")
     assert entry["train_mse"] < entry["mse"] and entry["mse_gap"] == pytest.approx(entry["mse"] - entry["train_mse"])
+    assert entry["relative_mse_gap"] == pytest.approx(entry["mse"] / entry["train_mse"] - 1)
 
 
 def test_the_exported_rqvae_reconstructs_what_the_log_says(overfitted, problem):
@@ -757,6 +845,39 @@ def test_the_exported_rqvae_reconstructs_what_the_log_says(overfitted, problem):
     assert mse == pytest.approx(entry["mse"], rel=1e-4)
     (path,) = overfitted.glob("reconstructions-*.png")
     assert Image.open(path).size == (8 * 16, 2 * 16)
+
+
+def test_the_metrics_are_means_over_images_and_over_the_codes_of_all_of_them(problem):
+    vae = RQVAEModel.from_pretrained(problem / "vae")
+    images = torch.randint(256, (7, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+    images[0] = 0  # of another error than the rest
+    metrics = train_rqvae.reconstruction_metrics(vae, images, 3, Accelerator())
+    with torch.no_grad():
+        out = vae(to_pixel_values(images))
+    mse = (out.sample.clamp(-1, 1) - to_pixel_values(images)).square().mean((1, 2, 3)).tolist()
+    assert metrics["mse"] == pytest.approx(np.mean(mse), rel=1e-5)
+    assert metrics["psnr"] == pytest.approx(np.mean([10 * math.log10(4 / one) for one in mse]), rel=1e-5)
+    for d in range(vae.config.code_depth):
+        _, counts = out.codes[..., d].unique(return_counts=True)
+        shares = counts / counts.sum()
+        assert metrics["usage"][d] == pytest.approx(len(counts) / vae.config.codebook_size)
+        assert metrics["perplexity"][d] == pytest.approx(math.exp(-(shares * shares.log()).sum()), rel=1e-5)
+
+
+def test_the_grid_has_each_reconstruction_below_its_original(problem, tmp_path):
+    vae = RQVAEModel.from_pretrained(problem / "vae")
+    images = torch.randint(256, (10, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+    train_rqvae.save_reconstructions(vae, images, tmp_path / "grid.png", Accelerator())
+    grid = torch.from_numpy(np.array(Image.open(tmp_path / "grid.png"))).permute(2, 0, 1)
+    assert grid.shape == (3, 4 * 16, 8 * 16)
+    with torch.no_grad():
+        expected = ((vae(to_pixel_values(images)).sample.clamp(-1, 1) + 1) * 127.5).round()
+    for i in range(10):
+        top, left = 32 * (i // 8), 16 * (i % 8)
+        original, reconstruction = grid[:, top : top + 32, left : left + 16].split(16, dim=1)
+        assert torch.equal(original, images[i])
+        assert (reconstruction - expected[i]).abs().max() <= 1
+    assert not grid[:, 32:, 2 * 16 :].any()
 
 
 def test_the_whole_recipe_trains_a_vqgan(problem, vgg16, tmp_path):
@@ -771,15 +892,23 @@ def test_the_whole_recipe_trains_a_vqgan(problem, vgg16, tmp_path):
         first["reconstruction_loss"] + first["perceptual_loss"] + 0.25 * first["commitment_loss"], rel=1e-5
     )
     assert log[-1]["perceptual_loss"] < 0.9 * log[0]["perceptual_loss"]
+    (half,) = train(problem, tmp_path / "half", lpips_weights=vgg16, perceptual_weight=0.5, adversarial_weight=0,
+                    train_batch_size=4, max_train_steps=1, validation_split="none")  # fmt: skip
+    assert half["loss"] == pytest.approx(
+        half["reconstruction_loss"] + 0.5 * half["perceptual_loss"] + 0.25 * half["commitment_loss"], rel=1e-5
+    )
     vae = RQVAEModel.from_pretrained(tmp_path)
     assert vae.config.code_depth == 1 and len(log[0]["usage"]) == 1
 
 
-def test_gradient_checkpointing_changes_nothing(problem, tmp_path):
+def test_gradient_checkpointing_changes_nothing(problem, tmp_path, monkeypatch):
+    calls, enable = [], RQVAEModel.enable_gradient_checkpointing
+    monkeypatch.setattr(RQVAEModel, "enable_gradient_checkpointing", lambda self: calls.append(enable(self)))
     flags = dict(train_batch_size=5, max_train_steps=1, checkpointing_steps=1, validation_split="none", **GAN)
     for name, switch in (("with", True), ("without", None)):
         train(problem, tmp_path / name, gradient_checkpointing=switch, **flags)
     assert distance(*(first_gradient(tmp_path / name) for name in ("with", "without"))) < 1e-6
+    assert len(calls) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
@@ -876,4 +1005,5 @@ def test_every_flag_is_explained_and_the_defaults_are_the_recipe_of_the_paper(pr
                   adam_beta1=0.5, adam_beta2=0.9, max_grad_norm=0.0, num_train_epochs=10, random_flip=False,
                   random_crop=False, streaming=False)  # fmt: skip
     assert recipe.items() <= vars(args).items()
-    assert "hub_token" not in tracked(args)
+    args.hub_token = "secret"
+    assert "hub_token" not in tracked(args) and tracked(args)["train_batch_size"] == 32
