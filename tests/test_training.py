@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import encode_dataset
@@ -33,6 +35,7 @@ from components import (
 )
 from PIL import Image
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from rq_draft_revise import (
     ContextualRQTransformerModel,
@@ -44,10 +47,15 @@ from rq_draft_revise import (
     training,
     training_run,
 )
+from rq_draft_revise.batches import Batch, streamed_batches
 from rq_draft_revise.budget import Budget, learning_rate_at
 from rq_draft_revise.checkpoints import checkpoints_in
-from rq_draft_revise.data import load_split
+from rq_draft_revise.code_cache import codes_in_memory
+from rq_draft_revise.data import SkippedRows, load_split
+from rq_draft_revise.masks import Draws, draws_of_step, random_mask
+from rq_draft_revise.splits import first_rows, load_splits, seen_rows, training_batches
 from rq_draft_revise.training_log import TrainingLog
+from rq_draft_revise.validation import ValidationSet, validation_loss
 
 
 SCRIPTS = {"train_cc3m": train_cc3m, "train_imagenet": train_imagenet, "encode_dataset": encode_dataset}
@@ -253,6 +261,7 @@ def test_a_budget_in_seconds_ends_cleanly_at_learning_rate_zero(script, problem,
 @pytest.mark.parametrize("script", TRAINERS)
 def test_the_defaults_are_the_recipe_of_the_paper(script):
     args = SCRIPTS[script].parse_args([])
+    assert (args.random_flip, args.random_crop, args.tau) == (*[script == "train_imagenet"] * 2, 0)
     assert (args.adam_beta1, args.adam_beta2, args.adam_weight_decay) == (0.9, 0.95, 1e-4)
     assert (args.learning_rate, args.lr_scheduler, args.num_train_epochs) == (1e-4, "cosine", 300)
     assert (args.max_grad_norm, args.ema_decay, args.stratified_masks) == (1.0, 0.9999, True)
@@ -322,6 +331,8 @@ def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one_to_the_bit(name, pr
     assert [path.name for path in checkpoints_in(whole)] == ["checkpoint-3", "checkpoint-6"]
     progress = json.loads((whole / "checkpoint-3" / "progress.json").read_text())
     assert progress["images"] % NUM_IMAGES != 0, "not in mid-epoch"
+    progress = json.loads((whole / "checkpoint-6" / "progress.json").read_text())
+    assert progress["epoch"] == progress["images"] // NUM_IMAGES > 0
 
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
     lines = (whole / "train_log.jsonl").read_text().splitlines(keepends=True)
@@ -523,6 +534,218 @@ def test_a_non_finite_step_is_left_out_and_too_many_end_the_run(bad_steps, ends,
     assert all(torch.isfinite(tensor).all() for tensor in weights_in(tmp_path).values())
 
 
+# ------------------------------------------------------------------------------------- what a step does, by hand
+
+
+def test_the_loss_is_that_of_the_masked_codes_and_of_the_texts_that_were_not_dropped():
+    """Image by image, each with its weight in the batch."""
+    model = tiny_transformer("text")
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(model.config.codebook_size, (4, 4, 4, model.config.code_depth), generator=generator)
+    ids = torch.randint(model.config.text_vocab_size, (4, model.prefix_length), generator=generator)
+    draws = Draws(random_mask(4, 16, generator), torch.tensor([False, True, False, False]))
+    with torch.no_grad():
+        losses = training.losses_of(model, model, Batch(codes, ids), "input_ids", draws, draws, num_parts=1)
+        image, text = 0.0, 0.0
+        for i in range(4):
+            condition = ids[i : i + 1] if i != 1 else torch.full_like(ids[:1], model.null_condition_id)
+            mask = draws.masks[i].view(1, 4, 4, 1)
+            masked = codes[i : i + 1].masked_fill(mask, model.mask_token_id)
+            out = model(masked, labels=codes[i : i + 1], input_ids=condition)
+            image += out.image_loss.item() * draws.masks[i].sum().item() / draws.masks.sum().item()
+            text += 0.0 if i == 1 else out.text_loss.item() / 3
+    expected = {"loss": 0.9 * image + 0.1 * text, "image_loss": image, "text_loss": text}
+    assert {name: value.item() for name, value in losses.items()} == pytest.approx(expected, rel=1e-5)
+
+
+RECIPES = {
+    "flags": dict(adam_beta1=0.8, adam_beta2=0.7, adam_epsilon=1e-5, adam_weight_decay=0.3, max_grad_norm=0.05,
+                  lr_scheduler="constant", lr_warmup_steps=3, ema_decay=0.4),
+    "others": dict(max_grad_norm=0, ema_decay=0.99),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_optimizer_steps_as_the_flags_say_and_the_average_of_its_weights_is_exported(name, problem, tmp_path):
+    flags = dict(train_batch_size=4, max_train_steps=6, learning_rate=1e-2, validation_split="none", **RECIPES[name])
+    groups, norms, weights = [], [], []
+
+    def before(optimizer, *_):
+        (group,) = optimizer.param_groups
+        groups.append({key: value for key, value in group.items() if key != "params"})
+        norms.append(torch.cat([p.grad.flatten() for p in group["params"] if p.grad is not None]).norm().item())
+
+    def after(optimizer, *_):
+        weights.append([p.detach().clone() for p in optimizer.param_groups[0]["params"]])
+
+    hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+    try:
+        log = train("train_imagenet", problem, tmp_path, **flags)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    args = train_imagenet.parse_args(flags_of("train_imagenet", problem, **flags))
+    rates = [learning_rate_at(i, i / 6, 1e-2, args.lr_scheduler, args.lr_warmup_steps) for i in range(6)]
+    assert [group["lr"] for group in groups] == [entry["learning_rate"] for entry in log] == rates
+    for group in groups:
+        assert group["betas"] == (args.adam_beta1, args.adam_beta2)
+        assert (group["eps"], group["weight_decay"]) == (args.adam_epsilon, args.adam_weight_decay)
+    bound = args.max_grad_norm or float("inf")
+    assert norms == pytest.approx([min(entry["grad_norm"], bound) for entry in log], rel=1e-3)
+    assert max(norms) > 0.05 or name == "flags"
+
+    averages = [p.detach().clone() for p in DraftAndRevisePipeline.from_pretrained(problem / "train_imagenet")
+                .transformer.parameters()]  # fmt: skip
+    for i, live in enumerate(weights):
+        decay = min(args.ema_decay, 1 - (1 + i) ** (-2 / 3))
+        averages = [decay * average + (1 - decay) * weight for average, weight in zip(averages, live)]
+    exported = DraftAndRevisePipeline.from_pretrained(tmp_path).transformer
+    for (key, tensor), expected in zip(exported.named_parameters(), averages, strict=True):
+        torch.testing.assert_close(tensor.detach(), expected, rtol=0, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("condition", ["text", "class"])
+def test_the_validation_loss_is_over_codes_and_its_bins_over_the_images_of_a_ratio(condition):
+    """Image by image; whatever the batch."""
+    model, accelerator = tiny_transformer(condition), Accelerator()
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(model.config.codebook_size, (40, 4, 4, model.config.code_depth), generator=generator)
+    shape, name = ((40, model.prefix_length), "input_ids") if condition == "text" else ((40,), "class_labels")
+    conditions = torch.randint(NUM_CLASSES, shape, generator=generator)
+    masks = random_mask(40, 16, torch.Generator().manual_seed(0))
+    counts, image, text = masks.sum(1), [], []
+    with torch.no_grad():
+        for i in range(40):
+            row = slice(i, i + 1)
+            masked = codes[row].masked_fill(masks[i].view(1, 4, 4, 1), model.mask_token_id)
+            out = model(masked, labels=codes[row], **{name: conditions[row]})
+            image.append(out.image_loss.item())
+            text.append(0.0 if out.text_loss is None else out.text_loss.item())
+    image, expected = torch.tensor(image, dtype=torch.float64), {}
+    expected["image_loss"] = ((image * counts).sum() / counts.sum()).item()
+    if condition == "text":
+        expected["text_loss"] = np.mean(text)
+    assert {4, 8, 12, 16} <= set(counts.tolist()), "no image at the upper end of a bin"
+    bins = [(counts > low) & (counts <= low + 4) for low in (0, 4, 8, 12)]
+    by_ratio = [((image * counts)[b].sum() / counts[b].sum()).item() for b in bins]
+    validation_set = ValidationSet(codes.to(torch.uint16), conditions)
+    for batch_size in (7, 40):
+        losses = validation_loss(model, name, validation_set, batch_size, accelerator)
+        assert losses.pop("image_loss_by_ratio") == pytest.approx(by_ratio, rel=1e-5)
+        assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_masks_and_dropped_conditions_are_those_of_the_seed_and_the_step(problem, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "draws_of_step", lambda *a, **k: seen.append(draws_of_step(*a, **k)) or seen[-1])
+    flags = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "max_train_steps": 2, "seed": 3,
+             "no-stratified_masks": True, "condition_dropout": 0.4, "validation_split": "none"}  # fmt: skip
+    train("train_imagenet", problem, tmp_path, **flags)
+    for step, draws in enumerate(seen):
+        expected = draws_of_step(8, 16, 0.4, 3, step, stratified=False)
+        assert torch.equal(draws.masks, expected.masks) and torch.equal(draws.dropped, expected.dropped)
+    args = train_imagenet.parse_args(flags_of("train_imagenet", problem, output_dir=tmp_path, **flags))
+    training_run.make_accelerator(args)
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(3)))
+
+
+def test_a_resumed_run_goes_on_counting_seconds_and_steps_left_out(problem, tmp_path, monkeypatch):
+    class LeavesOutTheSecond(training_run.NonFiniteGuard):
+        num_asked = 0
+
+        def accepts(self, loss, grad_norm):
+            self.num_asked += 1
+            return super().accepts(loss * float("nan") if self.num_asked == 2 else loss, grad_norm)
+
+    flags = dict(train_batch_size=4, max_train_steps=4, checkpointing_steps=2, validation_split="none")
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "NonFiniteGuard", LeavesOutTheSecond)
+        patch.setattr(training_run, "Budget", lambda *arguments: Budget(*arguments[:3], 1000.0))
+        expected = train("train_imagenet", problem, tmp_path, **flags)
+    resumed = train("train_imagenet", problem, tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-2", **flags)
+    assert [entry["skipped_steps"] for entry in resumed] == [0, 1, 1, 1] and resumed == expected
+    entries = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
+    assert entries[-1]["seconds"] >= 1000
+
+
+# ------------------------------------------------------------------------------------------- which codes are read
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """Twelve images of 14×8 pixels of noise, with labels."""
+    folder = tmp_path_factory.mktemp("wide")
+    pixels = np.random.default_rng(1).integers(0, 256, (12, 8, 14, 3), dtype=np.uint8)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    rows = {"image": [Image.fromarray(p) for p in pixels], "label": [i % NUM_CLASSES for i in range(12)]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("source", [None, "cache_codes", "streaming"])
+def test_each_flag_of_views_and_the_seed_have_a_part_in_the_codes_that_are_read(source, wide, problem, tmp_path):
+    """Cached in one folder: what was encoded with other flags is not taken for the same."""
+    switches = {source: True} if source else {}
+    pipe = DraftAndRevisePipeline.from_pretrained(problem / "train_imagenet")
+    tmp_path.joinpath("run").mkdir()
+
+    def read(**flags) -> torch.Tensor:
+        plain = {f"no-{name}": True for name in ("random_flip", "random_crop") if name not in flags}
+        args = train_imagenet.parse_args(
+            flags_of("train_imagenet", problem, dataset_name=wide, output_dir=tmp_path / "run", train_batch_size=12,
+                     validation_split="none", resolution=8, **plain, **switches, **flags)
+        )  # fmt: skip
+        accelerator = Accelerator()
+        dataset, _ = load_splits(args, accelerator, "label", "label_column")
+        data = (pipe.vae, pipe.transformer.config, "label", torch.tensor, SkippedRows())
+        source, _ = training_batches(args, accelerator, dataset, *data)
+        return torch.cat([batch.codes for batch in islice(source(0, (0, 0)), 2)])
+
+    expected = read()
+    assert torch.equal(read(), expected)
+    for flags in (dict(random_flip=True), dict(random_crop=True), dict(tau=2.0), dict(seed=1)):
+        assert not torch.equal(read(**flags), expected), flags
+    if source == "cache_codes":
+        codes = read(tau=2.0, num_draws=2, random_flip=True)
+        views = load_file(tmp_path / "run" / "codes.safetensors")["codes"].int()
+        assert views.shape[:2] == (12, 4)
+        assert all(not torch.equal(views[:, i], views[:, j]) for i in range(4) for j in range(i))
+        found = (codes[:, None, None] == views[None]).flatten(3).all(-1)  # (read, row, view)
+        assert found.any(2).any(1).all() and found.any(1).any(0).all(), "other codes, or a view that is never read"
+
+
+def test_a_number_in_0_1_falls_on_each_view_of_codes_in_memory_equally_often():
+    codes = torch.arange(3 * 4).view(3, 4, 1, 1, 1).to(torch.uint16)
+    u = torch.tensor([0.0, 0.24, 0.25, 0.5, 0.74, 0.999], dtype=torch.float64)
+    rows = torch.tensor([0, 1, 2, 0, 1, 2])
+    assert codes_in_memory(codes)(rows, u).flatten().tolist() == [0, 4, 9, 2, 6, 11]
+
+
+def test_a_streamed_image_has_another_view_or_other_codes_each_time():
+    one_process = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    common = dict(image_column="image", resolution=8, start=(0, 0), batch_size=1, seed=0, accelerator=one_process)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    images = datasets.Dataset.from_dict({"image": [image]}, features=datasets.Features({"image": datasets.Image()}))
+    views = datasets.Dataset.from_dict({"codes": [[[[[view]]] for view in range(3)]]})
+    for rows, tau, least in ((images, 2.0, 10), (images, 0.0, 1), (views, 0.0, 3)):
+        first, again = (
+            torch.cat([b.codes for b in islice(
+                streamed_batches(rows.to_iterable_dataset(), None, None, tiny_vae(), tau=tau, **common), 20
+            )]) for _ in range(2)
+        )  # fmt: skip
+        assert torch.equal(first, again)
+        different = len(first.unique(dim=0))
+        assert different >= least if tau else different == least
+
+
+def test_seen_images_are_spread_over_the_training_split_and_held_out_ones_are_its_first():
+    rows = datasets.Dataset.from_dict({"number": range(101)})
+    assert seen_rows(rows, 5, "image")["number"][:] == [0, 25, 50, 75, 100]
+    assert first_rows(rows, 5, "image")["number"][:] == list(range(5))
+    for few in (seen_rows, first_rows):
+        assert few(rows, 200, "image")["number"][:] == list(range(101))
+
+
 # --------------------------------------------------------------------------------- micro-batches and processes
 
 
@@ -536,9 +759,12 @@ ACCUMULATED = {
 
 
 @pytest.mark.parametrize("name", ACCUMULATED)
-def test_accumulated_micro_batches_equal_the_large_batch(name, problem, tmp_path):
+def test_accumulated_micro_batches_equal_the_large_batch(name, problem, tmp_path, monkeypatch):
     script, own = ACCUMULATED[name]
-    logs = {}
+    logs, recomputing, enable = {}, [], ContextualRQTransformerModel.enable_gradient_checkpointing
+    monkeypatch.setattr(
+        ContextualRQTransformerModel, "enable_gradient_checkpointing", lambda self: recomputing.append(enable(self))
+    )
     for micro_batches in (1, 3):
         recompute = {"gradient_checkpointing": True} if name == "recomputing" and micro_batches == 3 else {}
         logs[micro_batches] = train(
@@ -546,6 +772,7 @@ def test_accumulated_micro_batches_equal_the_large_batch(name, problem, tmp_path
             gradient_accumulation_steps=micro_batches, max_train_steps=2, checkpointing_steps=1, learning_rate=1e-4,
             max_grad_norm=0.5, **own, **recompute,
         )  # fmt: skip
+    assert len(recomputing) == (name == "recomputing")
     assert_equal_gradients(*(first_gradient(tmp_path / folder, 0.9) for folder in ("3", "1")))
     for one, three in zip(logs[1], logs[3]):
         assert one.keys() == three.keys()
@@ -706,6 +933,8 @@ def test_every_line_of_the_log_is_json_that_says_which_step_and_what_was_measure
     assert [entry["step"] for entry in of_kind["train"]] == list(range(1, 101))
     assert [entry["images"] for entry in of_kind["train"]] == list(range(8, 8 * 101, 8))
     assert [entry["seconds"] for entry in entries] == sorted(entry["seconds"] for entry in entries)
+    seconds = of_kind["train"][-1]["seconds"] - of_kind["train"][0]["seconds"]
+    assert 0.3 * seconds < sum(8 / entry["images_per_second"] for entry in of_kind["train"][1:]) < 1.1 * seconds
     own = {
         "train": {"images_per_second", "learning_rate", "skipped_steps", "loss", "image_loss", "grad_norm"},
         "validation": {"split", "image_loss", "image_loss_by_ratio"},
@@ -739,6 +968,7 @@ def test_the_exported_pipeline_loads_and_draws_what_the_grid_shows(overfitted, p
     vae = RQVAEModel.from_pretrained(problem / "train_cc3m" / "vae")
     assert torch.equal(pipe.transformer.codebook, vae.quantizer.codebook)
     assert not pipe.transformer.training
+    assert pipe.scheduler.config.num_inference_steps == 4  # of the pipeline that it began from
     conditions = {"class_labels": list(range(5))}
     if script == "train_cc3m":
         conditions = {"prompt": CAPTIONS}  # the five that were asked for are four different ones
@@ -808,33 +1038,37 @@ def test_pushing_makes_the_repository_first_and_leaves_checkpoints_out(problem, 
     class Repository:
         repo_id = "someone/tiny"
 
-    def create_repo(name, **kwargs):
+    def create_repo(name, token, private, **kwargs):
+        assert (token, private) == ("secret", True)
         calls.append(("create", name, (tmp_path / "tiny" / "train_log.jsonl").exists()))
         return Repository
 
-    def upload_folder(repo_id, folder_path, ignore_patterns, **kwargs):
+    def upload_folder(repo_id, folder_path, ignore_patterns, token, **kwargs):
         from huggingface_hub.utils import filter_repo_objects
 
         files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        assert token == "secret" and not [
+            name for name in files if b"secret" in (tmp_path / "tiny" / name).read_bytes()
+        ]
         calls.append(("upload", repo_id, sorted(filter_repo_objects(files, ignore_patterns=ignore_patterns))))
 
     monkeypatch.setattr(publishing, "create_repo", create_repo)
     monkeypatch.setattr(publishing, "upload_folder", upload_folder)
     tracked = ("events.out.tfevents.1", "1.5/events.out.tfevents.2", "1.5/hparams.yml")  # accelerate's of tensorboard
-    for name in (".codes.safetensors.partial", *(f"train_imagenet/{file}" for file in tracked)):
+    for name in (".config.json.partial", *(f"train_imagenet/{file}" for file in tracked)):
         path = tmp_path / "tiny" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     train(
         "train_imagenet", problem, tmp_path / "tiny", train_batch_size=4, max_train_steps=1, checkpointing_steps=1,
-        push_to_hub=True, cache_codes=True, validation_split="none",
+        push_to_hub=True, hub_token="secret", hub_private_repo=True, cache_codes=True, validation_split="none",
     )  # fmt: skip
     assert 'from_pretrained("someone/tiny")' in (tmp_path / "tiny" / "README.md").read_text()
     (created, uploaded) = calls
     assert created == ("create", "tiny", False)
     assert uploaded[:2] == ("upload", "someone/tiny")
     assert {"README.md", "model_index.json", "train_log.jsonl"} < set(uploaded[2])
-    left_out = ("checkpoint", "codes", ".codes", "train_imagenet/")
+    left_out = ("checkpoint", "codes", ".config", "train_imagenet/")
     assert not [file for file in uploaded[2] if file.startswith(left_out)]
 
 
@@ -864,6 +1098,9 @@ def test_pushing_makes_the_repository_first_and_leaves_checkpoints_out(problem, 
         ("learning_rate", -1.0),
         ("tau", -0.5),
         ("seed", -1),
+        ("max_grad_norm", -1.0),
+        ("adam_weight_decay", -0.1),
+        ("lr_warmup_steps", -1),
     ],
 )
 def test_a_flag_out_of_range_is_refused_by_name(script, flag, value, problem):
@@ -966,6 +1203,39 @@ def test_the_classes_of_a_trained_pipeline_are_found_by_name(problem, tmp_path, 
     assert "other classes than the trained pipeline: 0 ('class 0, alias 0') is to be 'dusk'" in capsys.readouterr().out
 
 
+def test_folders_of_imagenet_are_called_as_the_pipeline_calls_them(tmp_path):
+    """Which are numbered like the usual names, if all of them are there."""
+    known = {i: f"class {i}" for i in range(3)}
+    (tmp_path / "model_index.json").write_text(json.dumps({"id2label": known}))
+    args = SimpleNamespace(pretrained_model_name_or_path=str(tmp_path), model="contextual", label_column="label")
+    for names, expected in (
+        (["n01440764", "n01443537", "n01484850"], known),
+        (["n01440764", "n01443537"], {0: "n01440764", 1: "n01443537"}),
+        (["n01440764", "n01443537", "shark"], {0: "n01440764", 1: "n01443537", 2: "shark"}),
+    ):
+        features = datasets.Features({"label": datasets.ClassLabel(names=names)})
+        rows = datasets.Dataset.from_dict({"label": [0]}, features=features)
+        assert train_imagenet.class_names(args, rows, num_classes=3) == expected
+    assert train_imagenet.class_names(args, datasets.Dataset.from_dict({"label": [0]}), num_classes=3) == known
+
+
+def test_the_captions_of_the_grid_are_the_first_different_ones():
+    rows = datasets.Dataset.from_dict({"text": ["", "a", None, "b", "a", "c"]})
+    other = datasets.Dataset.from_dict({"text": ["d"]})
+    for count, expected in ((2, ["a", "b"]), (9, ["a", "b", "c"])):
+        args = SimpleNamespace(caption_column="text", num_validation_images=count)
+        assert train_cc3m.sample_prompts({"test": rows, "other": other}, other, args) == expected
+        assert train_cc3m.sample_prompts({}, rows, args) == expected
+
+
+def test_the_baseline_keeps_the_sampler_settings_of_its_pipeline(tmp_path):
+    defaults = dict(guidance_scale=2.5, temperature=0.7, top_k=5, top_p=0.9)
+    pipe = tiny_rq_pipeline("class", defaults=defaults)
+    pipe.save_pretrained(tmp_path)
+    args = SimpleNamespace(pretrained_model_name_or_path=str(tmp_path), model="autoregressive")
+    assert defaults.items() <= training.load_pipeline(args, pipe.vae, pipe.transformer).config.items()
+
+
 def test_captions_that_the_model_cannot_read_are_counted(problem, tmp_path, capsys):
     captions = ["a cat at dusk"] * NUM_IMAGES
     captions[3] = "a zebra at night"
@@ -1019,6 +1289,19 @@ def test_no_validation_images_are_no_grid_whatever_the_prompts(problem, tmp_path
     for count, grids in ((0, 0), (1, 1)):
         train("train_cc3m", problem, tmp_path / f"{count}", num_validation_images=count, **flags)
         assert len(list((tmp_path / f"{count}").glob("samples-*.png"))) == grids
+
+
+def test_the_classes_of_the_grid_are_spread_over_all(problem, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        training,
+        "sample_images",
+        lambda pipe, condition, count, _: seen.append(condition) or torch.zeros(count, 3, 8, 8),
+    )
+    for count in (2, 7):
+        train("train_imagenet", problem, tmp_path / f"{count}", num_validation_images=count, train_batch_size=4,
+              max_train_steps=1, validation_split="none")  # fmt: skip
+    assert seen == [{"class_labels": [0, 2]}, {"class_labels": [0, 0, 1, 2, 2, 3, 4]}]
 
 
 @pytest.mark.parametrize("flag, missing", [("vae", "vae/*.safetensors"), ("tokenizer", "tokenizer/*.json")])
