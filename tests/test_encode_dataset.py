@@ -262,3 +262,12 @@ def test_batches_of_any_size_give_the_same_codes(problem, vae):
     assert results[0][0] == [i for i in range(NUM_IMAGES) if i != 6]
     for rows, codes in results[1:]:
         assert rows == results[0][0] and torch.equal(codes.int(), results[0][1].int())
+
+
+def test_the_digest_of_a_model_is_of_its_weights_and_its_configuration(vae, tmp_path):
+    digest = digest_of(vae)
+    vae.save_pretrained(tmp_path)
+    again = RQVAEModel.from_pretrained(tmp_path)
+    assert digest_of(again) == digest
+    again.register_to_config(sample_size=2 * vae.config.sample_size)
+    assert digest_of(again) != digest

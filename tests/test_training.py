@@ -50,10 +50,11 @@ from rq_draft_revise import (
 from rq_draft_revise.batches import Batch, streamed_batches
 from rq_draft_revise.budget import Budget, learning_rate_at
 from rq_draft_revise.checkpoints import checkpoints_in
-from rq_draft_revise.code_cache import codes_in_memory
+from rq_draft_revise.code_cache import codes_in_memory, encode
 from rq_draft_revise.data import SkippedRows, load_split
+from rq_draft_revise.decoded_images import to_pixel_values
 from rq_draft_revise.masks import Draws, draws_of_step, random_mask
-from rq_draft_revise.splits import first_rows, load_splits, seen_rows, training_batches
+from rq_draft_revise.splits import first_rows, load_splits, seen_rows, training_batches, validation_sets_of
 from rq_draft_revise.training_log import TrainingLog
 from rq_draft_revise.validation import ValidationSet, validation_loss
 
@@ -714,6 +715,39 @@ def test_each_flag_of_views_and_the_seed_have_a_part_in_the_codes_that_are_read(
         assert found.any(2).any(1).all() and found.any(1).any(0).all(), "other codes, or a view that is never read"
 
 
+@pytest.mark.parametrize("source", [None, "cache_codes", "streaming"])
+def test_each_image_has_its_own_condition_where_others_are_left_out(source, problem, tmp_path):
+    """Of eight rows, whose captions are their numbers, one image is damaged and one caption empty; in both splits."""
+    vae = RQVAEModel.from_pretrained(problem / "train_cc3m" / "vae")
+    pixels = torch.randint(256, (8, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    rows = {"image": [], "text": [str(i) if i != 4 else "" for i in range(8)]}
+    for image in pixels:
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
+        rows["image"].append({"bytes": (tmp_path / "image.png").read_bytes(), "path": None})
+    rows["image"][2]["bytes"] = b"no image"
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    args = train_cc3m.parse_args(
+        flags_of("train_cc3m", problem, dataset_name=tmp_path / "data", output_dir=tmp_path, train_batch_size=6,
+                 resolution=8, **({source: True} if source else {}))
+    )  # fmt: skip
+    accelerator, expected = Accelerator(), encode(vae, to_pixel_values(pixels)).tolist()
+    splits = load_splits(args, accelerator, "text", "caption_column")
+    config = tiny_transformer("text").config
+    data = (vae, config, "text", lambda captions: torch.tensor([int(caption) for caption in captions]))
+    (batches, _) = training_batches(args, accelerator, splits[0], *data, SkippedRows())
+    pairs = [(b.codes.tolist(), b.condition.tolist()) for b in islice(batches(0, (0, 0)), 4)]
+    if source is None:
+        sets = validation_sets_of(args, accelerator, *splits, *data)
+        pairs += [(codes.tolist(), conditions.tolist()) for codes, conditions in sets.values()]
+        assert sets.keys() == {"test", "seen"} and all(pair[1] == [0, 1, 3, 5, 6, 7] for pair in pairs[-2:])
+    assert {i for _, conditions in pairs for i in conditions} == {0, 1, 3, 5, 6, 7}
+    for codes, conditions in pairs:
+        assert codes == [expected[i] for i in conditions]
+
+
 def test_a_number_in_0_1_falls_on_each_view_of_codes_in_memory_equally_often():
     codes = torch.arange(3 * 4).view(3, 4, 1, 1, 1).to(torch.uint16)
     u = torch.tensor([0.0, 0.24, 0.25, 0.5, 0.74, 0.999], dtype=torch.float64)
@@ -736,6 +770,31 @@ def test_a_streamed_image_has_another_view_or_other_codes_each_time():
         assert torch.equal(first, again)
         different = len(first.unique(dim=0))
         assert different >= least if tau else different == least
+
+
+@pytest.mark.parametrize(
+    "splits, flags, expected",
+    [
+        (("test", "validation"), {}, ["validation"]),
+        (("test",), {}, ["test"]),
+        ((), {}, []),
+        (("test", "validation"), {"validation_split": "test validation"}, ["test", "validation"]),
+        (("test", "validation"), {"validation_split": "none"}, []),
+    ],
+)
+def test_validation_is_by_the_split_of_that_name_else_by_test_or_what_is_asked_for(splits, flags, expected, tmp_path):
+    features = datasets.Features({"image": datasets.Image()})
+    for split in ("train", *splits):
+        path = str(tmp_path / "data" / f"{split}-00000.parquet")
+        Path(path).parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict({"image": [Image.new("RGB", (8, 8))]}, features=features).to_parquet(path)
+    flags = [
+        f"--dataset_name={tmp_path / 'data'}",
+        "--vae=x",
+        *(f for k, v in flags.items() for f in (f"--{k}", *v.split())),
+    ]
+    _, found = load_splits(train_rqvae.parse_args(flags), Accelerator())
+    assert list(found) == expected
 
 
 def test_seen_images_are_spread_over_the_training_split_and_held_out_ones_are_its_first():
