@@ -170,9 +170,7 @@ def pixel_batches(args, accelerator, dataset, images, images_seen, place, skippe
         num_workers=args.dataloader_num_workers, skipped=skipped,
     )  # fmt: skip
     if args.streaming:
-        streamed = streamed_images(
-            dataset, start=place, buffer_size=args.shuffle_buffer_size, **arguments
-        )
+        streamed = streamed_images(dataset, start=place, buffer_size=args.shuffle_buffer_size, **arguments)
         for batch, _, place_after in streamed:
             yield to_pixel_values(batch), place_after
     else:
