@@ -386,6 +386,17 @@ def test_labels_are_classes(label):
         class_labels_of([0, label], NUM_CLASSES)
 
 
+def test_labels_matched_by_name_are_those_of_the_data():
+    """Of two classes in the data, the transformer's last and first."""
+    assert class_labels_of([0, 1, 0], NUM_CLASSES, [NUM_CLASSES - 1, 0]).tolist() == [
+        NUM_CLASSES - 1,
+        0,
+        NUM_CLASSES - 1,
+    ]
+    with pytest.raises(ValueError, match=r"--label_column .* in \[0, 1\], .* got 2"):
+        class_labels_of([0, 2], NUM_CLASSES, [NUM_CLASSES - 1, 0])
+
+
 def test_captions_are_texts_of_tokens_that_the_transformer_has():
     ids = input_ids_of(["a cat", "the volcano at night in the snow"], tiny_tokenizer(), 6, len(WORDS))
     assert ids.tolist() == [[2, 5, 0, 0, 0, 0], [12, 13, 4, 8, 7, 12]]
