@@ -94,6 +94,7 @@ def flags_of(
         "max_train_steps": max_train_steps,
         "checkpointing_steps": checkpointing_steps,
         "checkpoints_total_limit": 2,
+        "validation_split": "test",
         "validation_steps": 4,
         "logging_steps": 1,
         "learning_rate": 1e-3,
@@ -112,6 +113,7 @@ def flags_of(
             "discriminator_warmup_steps": 2,
         }
     elif script == "train_lora":
+        del flags["validation_split"]  # it has none
         flags |= {
             "pretrained_model_name_or_path": problem / "text",
             "validation_prompt": "a cat at dusk",
@@ -122,8 +124,6 @@ def flags_of(
             "pretrained_model_name_or_path": problem / ("class" if script == "train_imagenet" else "text"),
             "num_validation_images": 2,
         }
-    if script != "train_lora":
-        flags["validation_split"] = "test"
     return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
 

@@ -39,7 +39,7 @@ from rq_draft_revise.captions_and_labels import input_ids_sha256
 from rq_draft_revise.data import is_empty, load_split, local_state
 from rq_draft_revise.decoded_images import UNREADABLE
 from rq_draft_revise.devices import float64_device
-from rq_draft_revise.features import CLIPEmbeddings, get_protocol, reference_features, weights_sha256
+from rq_draft_revise.features import CLIPEmbeddings, get_protocol, reference_features
 from rq_draft_revise.images import decode_codes, encode_pixels
 from rq_draft_revise.metrics import (
     ReferenceStatistics,
@@ -66,6 +66,7 @@ from rq_draft_revise.provenance import (
     public,
     read_batch,
     save_batch,
+    weights_sha256,
     write_json,
 )
 from rq_draft_revise.publishing import pipeline_class_of

@@ -35,7 +35,7 @@ from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline
 from rq_draft_revise.captions_and_labels import input_ids_sha256
 from rq_draft_revise.data import load_split
 from rq_draft_revise.devices import float64_device, seconds_now
-from rq_draft_revise.features import get_protocol, reference_features, weights_sha256
+from rq_draft_revise.features import get_protocol, reference_features
 from rq_draft_revise.images import encode_pixels
 from rq_draft_revise.metrics import ReferenceStatistics, frechet_distance, moments, precision_and_recall
 from rq_draft_revise.provenance import (
@@ -48,6 +48,7 @@ from rq_draft_revise.provenance import (
     public,
     read_batch,
     save_batch,
+    weights_sha256,
     write_json,
 )
 from rq_draft_revise.publishing import pipeline_class_of

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
@@ -28,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline
 from rq_draft_revise.batches import stored_batches
 from rq_draft_revise.captions_and_labels import class_labels_of, describe_captions, input_ids_of, matched_classes
-from rq_draft_revise.code_cache import codes_in_memory, digest_of, encoded_rows
+from rq_draft_revise.code_cache import codes_in_memory, encoded_rows
 from rq_draft_revise.data import SkippedRows, digest_of_rows, is_empty, load_split, without_empty
 from rq_draft_revise.flags import (
     FlagHelp,
@@ -38,10 +37,11 @@ from rq_draft_revise.flags import (
     check_flags,
 )
 from rq_draft_revise.model_card import model_card
+from rq_draft_revise.provenance import config_sha256, weights_sha256
 from rq_draft_revise.publishing import upload
 from rq_draft_revise.splits import BatchSource
 from rq_draft_revise.training import train
-from rq_draft_revise.training_run import make_accelerator, open_output
+from rq_draft_revise.training_run import check_not_sharded, make_accelerator, open_output
 from rq_draft_revise.waiting import main_process_first
 
 
@@ -88,9 +88,6 @@ def parse_args(argv=None):
     group.add_argument("--validation_prompt", help="A text, or the name of a class. Default: none is drawn.")
     group.add_argument("--num_validation_images", type=int, default=4, help="Images of --validation_prompt.")
     parser.set_defaults(logging_steps=10)
-
-    # What check_flags asks for, and a script for a handful of images does not offer
-    parser.set_defaults(data_files=None, filter_column=None, filter_min=None, filter_max=None)
     args = parser.parse_args(argv)
     if args.dataset_name is None and args.train_data_dir is None:
         raise ValueError("Give the images by --dataset_name or --train_data_dir, got neither.")
@@ -261,13 +258,12 @@ def checkpoint_adapter_alone(accelerator, transformer, base: str) -> None:
 
 def main(args):
     accelerator = make_accelerator(args)  # seeds all processes the same, so that they start from the same adapter
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(f"An adapter trains by data parallelism (DDP), got {accelerator.distributed_type.value}.")
+    check_not_sharded(accelerator, "An adapter")
 
     # 1. The pipeline and the adapter
     pipe = load_pipeline(args)
     check_prompts(args, pipe)
-    base = f"{digest_of(pipe.vae)} {digest_of(pipe.transformer)}"
+    base = " ".join(config_sha256(model) + weights_sha256(model) for model in (pipe.vae, pipe.transformer))
     adapt(args, pipe.transformer)
     repo_id = open_output(args, accelerator)
     pipe.vae.requires_grad_(False)

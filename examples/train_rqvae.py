@@ -36,7 +36,6 @@ from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import DistributedType
 from PIL import Image
 
 from rq_draft_revise import RQVAEModel
@@ -68,6 +67,7 @@ from rq_draft_revise.training import check_resolution, load_vae
 from rq_draft_revise.training_run import (
     TrainingRun,
     averaged_weights,
+    check_not_sharded,
     exported_weights,
     make_accelerator,
     open_output,
@@ -387,9 +387,8 @@ class Schedule:
 
 def main(args):
     accelerator = make_accelerator(args)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        # A hundred million parameters fit everywhere; the adaptive weight needs the decoder's last layer whole.
-        raise ValueError(f"An RQ-VAE trains by data parallelism (DDP), got {accelerator.distributed_type.value}.")
+    # A hundred million parameters fit everywhere; the adaptive weight needs the decoder's last layer whole.
+    check_not_sharded(accelerator, "An RQ-VAE")
 
     # 1. Models
     rqvae = load_rqvae(args)
@@ -521,7 +520,7 @@ def main(args):
                 means[name] += value.detach() / args.gradient_accumulation_steps
 
         # The step, of both networks or of neither.
-        max_grad_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+        max_grad_norm = args.max_grad_norm or math.inf
         means["grad_norm"] = accelerator.clip_grad_norm_(rqvae.parameters(), max_grad_norm)
         total_loss, total_norm = means["loss"], means["grad_norm"]
         optimizers = [optimizer]

@@ -26,7 +26,6 @@ from .whole_files import whole_file
 if TYPE_CHECKING:
     import datasets
     from accelerate import Accelerator
-    from diffusers import ModelMixin
 
 
 # Images whose codes are drawn at once: of 16, the probabilities of 4 x 16,384 codes a position are 0.25 GiB.
@@ -120,11 +119,11 @@ def fingerprint(dataset: "datasets.Dataset", vae: RQVAEModel, **settings) -> dic
     return {"dataset": dataset._fingerprint, "vae": digest_of(vae)} | {k: str(v) for k, v in settings.items()}
 
 
-def digest_of(model: "ModelMixin") -> str:
-    """SHA-256 of a model, as of an RQ-VAE: its configuration and all its weights."""
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}  # no version, no path
+def digest_of(vae: RQVAEModel) -> str:
+    """SHA-256 of an RQ-VAE: its configuration and all its weights."""
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}  # no version, no path
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

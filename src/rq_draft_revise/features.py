@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .images import to_rgb, to_square
 from .metrics import ReferenceStatistics
-from .provenance import file_sha256
+from .provenance import file_sha256, weights_sha256
 
 
 # ------------------------------------------------------------------------------------------------------- protocols
@@ -115,17 +115,6 @@ class NetworkOutput(NamedTuple):
     features: Tensor
     logits: Tensor | None = None
     spatial: Tensor | None = None
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """Digest of a module's parameters and buffers, names, types and shapes included: the same wherever they lie."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class FeatureNetwork:

@@ -288,48 +288,55 @@ def add_training_flags(parser: argparse.ArgumentParser, output_dir: str) -> None
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse, with a `ValueError`, numbers out of range and sources that exclude each other."""
+    """Refuse, with a `ValueError`, numbers out of range and sources that exclude each other.
+
+    Flags that a script does not have are passed over.
+    """
+
+    def given(name: str, default=None):
+        return getattr(args, name, default)
+
     for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
                  "logging_steps", "validation_steps", "max_validation_images", "checkpointing_steps",
                  "checkpoints_total_limit", "encoding_batch_size", "num_draws", "shuffle_buffer_size",
                  "max_nonfinite_steps", "rows_per_file", "validation_batch_size", "discriminator_channels",
                  ):  # fmt: skip
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+        if given(name) is not None and given(name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {given(name)}.")
     for name in ("dataloader_num_workers", "num_validation_images", "lr_warmup_steps", "learning_rate", "tau", "seed",
                  "max_grad_norm", "adam_weight_decay"):  # fmt: skip
-        if getattr(args, name, None) is not None and not getattr(args, name) >= 0:
-            raise ValueError(f"--{name} must not be negative, got {getattr(args, name)}.")
-    if getattr(args, "max_train_seconds", None) is not None and not args.max_train_seconds > 0:
+        if given(name) is not None and not given(name) >= 0:
+            raise ValueError(f"--{name} must not be negative, got {given(name)}.")
+    if given("max_train_seconds") is not None and not args.max_train_seconds > 0:
         raise ValueError(f"--max_train_seconds must be positive, got {args.max_train_seconds}.")
     for name in ("ema_decay", "condition_dropout", "adam_beta1", "adam_beta2"):
-        if getattr(args, name, None) is not None and not 0 <= getattr(args, name) < 1:
-            raise ValueError(f"--{name} must lie in [0, 1), got {getattr(args, name)}.")
+        if given(name) is not None and not 0 <= given(name) < 1:
+            raise ValueError(f"--{name} must lie in [0, 1), got {given(name)}.")
     check_sources(args)
-    num_draws = getattr(args, "num_draws", 1)
-    if num_draws > 1 and not getattr(args, "cache_codes", True):
+    num_draws = given("num_draws", 1)
+    if num_draws > 1 and not given("cache_codes", True):
         raise ValueError(
             f"--num_draws must be 1 without --cache_codes, which keeps them, got {num_draws}: images that are encoded "
             "as they are needed are drawn anew each time."
         )
     if num_draws > 1 and not args.random_crop and args.tau == 0:
-        raise ValueError(
-            f"--num_draws must be 1 without --random_crop and --tau: all {args.num_draws} would be equal."
-        )
-    names = getattr(args, "validation_split", None)
-    if getattr(args, "validation_data_files", None) is not None and names not in (None, ["validation"]):
+        raise ValueError(f"--num_draws must be 1 without --random_crop and --tau: all {num_draws} would be equal.")
+    names = given("validation_split")
+    if given("validation_data_files") is not None and names not in (None, ["validation"]):
         raise ValueError(
             f"--validation_split must be left out with --validation_data_files, which are the split, got {names}."
         )
-    if args.filter_column is not None and args.filter_min is None and args.filter_max is None:
+    has_bounds = given("filter_min") is not None or given("filter_max") is not None
+    if given("filter_column") is not None and not has_bounds:
         raise ValueError("--filter_column must come with --filter_min or --filter_max, got neither.")
-    if args.filter_column is None and (args.filter_min is not None or args.filter_max is not None):
+    if given("filter_column") is None and has_bounds:
         raise ValueError("--filter_column must say what --filter_min and --filter_max are about, got None.")
 
 
 def check_sources(args: argparse.Namespace) -> None:
     """Refuse, with a `ValueError`, two places where the data could come from."""
-    if args.train_data_dir is not None and (args.dataset_name is not None or args.data_files is not None):
+    data_files = getattr(args, "data_files", None)
+    if args.train_data_dir is not None and (args.dataset_name is not None or data_files is not None):
         raise ValueError("Give only one of --dataset_name, --train_data_dir and --data_files (or the first and last).")
 
 

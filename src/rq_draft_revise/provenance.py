@@ -54,6 +54,17 @@ def config_sha256(model) -> str:
     return json_sha256(public(model.config))
 
 
+def weights_sha256(module: torch.nn.Module) -> str:
+    """Digest of a module's parameters and buffers, names, types and shapes included: the same wherever they lie."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def file_sha256(path: str | Path) -> str:
     """Digest of a file of any size."""
     digest = hashlib.sha256()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -50,6 +50,12 @@ def make_accelerator(args) -> Accelerator:
         raise ValueError(f"--report_to must name a tracker that is installed, got {args.report_to!r}.")
     set_seed(args.seed)
     return accelerator
+
+
+def check_not_sharded(accelerator: Accelerator, what: str) -> None:
+    """Refuse, with a `ValueError`, the ways to train that divide the weights of `what` among the processes."""
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(f"{what} trains by data parallelism (DDP), got {accelerator.distributed_type.value}.")
 
 
 def open_output(args, accelerator: Accelerator) -> str | None:
