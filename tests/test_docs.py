@@ -1,6 +1,7 @@
 """The documentation hangs together: pages, links, pictures with their commands, names of the API, the strict build."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -81,6 +82,36 @@ def test_every_picture_is_on_a_page_with_the_command_that_makes_it(image):
         if place in "".join(block)
     ]
     assert commands, f"{[page.name for page in pages]} shows {place} and no command that writes it"
+
+
+def lines_of_tables(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("| ")]
+
+
+@pytest.mark.parametrize("name", ["cifar10-32", "emoji-scenes"])
+def test_the_page_of_results_has_the_figures_that_were_measured(name):
+    page = lines_of_tables((DOCS / "results.md").read_text(encoding="utf-8"))
+    made = lines_of_tables((ROOT / "pipelines" / name / "tables.md").read_text(encoding="utf-8"))
+    # the page leaves the word "verdict" out of a heading and adds a column of what was published
+    rows = [row for row in made if not row.startswith("| claim |")]
+    missing = [row for row in rows if not any(line.startswith(row) for line in page)]
+    assert len(rows) > 50 and not missing, missing
+
+
+def test_the_summary_of_the_claims_has_the_verdicts_of_both_tables():
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
+    summary = page.partition("| claim | CIFAR-10 | emoji scenes |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    verdicts = [
+        {
+            one["claim"]: one["verdict"]
+            for one in json.loads((ROOT / "pipelines" / name / "tables.json").read_text())["claims"]
+        }
+        for name in ("cifar10-32", "emoji-scenes")
+    ]
+    assert verdicts[0].keys() == verdicts[1].keys()
+    assert summary.splitlines() == [
+        f"| {claim} | {one} | {verdicts[1][claim]} |" for claim, one in verdicts[0].items()
+    ]
 
 
 def test_the_repository_has_one_address():
