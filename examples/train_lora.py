@@ -22,7 +22,7 @@ import torch
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from rq_draft_revise import DraftAndRevisePipeline, RQTransformerPipeline
 from rq_draft_revise.batches import stored_batches
@@ -243,12 +243,13 @@ def checkpoint_adapter_alone(accelerator, transformer, base: str) -> None:
     @torch.no_grad()
     def load(models, folder):
         models.clear()
-        saved = load_file(Path(folder) / ADAPTER)
+        with safe_open(Path(folder) / ADAPTER, "pt") as file:
+            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            saved_base = (file.metadata() or {}).get("base", base)
         if {name: tensor.shape for name, tensor in saved.items()} != {n: p.shape for n, p in trained.items()}:
             raise ValueError(f"{ADAPTER} is of other layers or another rank")
-        with safe_open(Path(folder) / ADAPTER, "pt") as file:
-            if (file.metadata() or {}).get("base", base) != base:
-                raise ValueError("the weights of --pretrained_model_name_or_path have changed")
+        if saved_base != base:
+            raise ValueError("the weights of --pretrained_model_name_or_path have changed")
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
 

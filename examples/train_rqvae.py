@@ -454,9 +454,7 @@ def main(args):
     accelerator.print(
         f"parameters: {sum(p.numel() for p in rqvae.parameters()):,} + codebook of "
         f"{rqvae.config.codebook_size:,} x {rqvae.config.latent_channels} at {rqvae.config.code_depth} depths\n"
-        f"images: {'unknown number of' if num_images is None else f'{num_images:,}'} training"
-        + "".join(f", {len(images):,} {name}" for name, images in validation_images.items())
-        + f", at {args.resolution}x{args.resolution}; skipped rows: {skipped}\n"
+        f"{run.describe_images(validation_images)}, at {args.resolution}x{args.resolution}; skipped rows: {skipped}\n"
         f"{run.describe()}; {schedule.describe(args)}"
     )
 

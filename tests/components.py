@@ -34,6 +34,9 @@ NUM_CLASSES = 5
 MAX_TEXT_LENGTH = 6
 WORDS = ["[PAD]", "[UNK]", "a", "an", "at", "cat", "dusk", "in", "night", "owl", "rocket", "snow", "the", "volcano"]
 CONDITIONS = ("class", "text", None)
+# What a transformer over codes has at least one of.
+SIZES = ("height", "width", "code_depth", "codebook_size", "codebook_dim", "num_spatial_layers", "num_attention_heads",
+         "attention_head_dim", "num_classes", "text_vocab_size", "max_text_length")  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from components import CONDITIONS, random_codes, random_condition, tiny_transformer
+from components import CONDITIONS, SIZES, random_codes, random_condition, tiny_transformer
 
 from rq_draft_revise import ContextualRQTransformerModel
 from rq_draft_revise.depth_transformer import filter_logits, sample_codes
@@ -639,18 +639,8 @@ def test_a_call_that_makes_no_sense_is_refused(condition, arguments, message):
 @pytest.mark.parametrize(
     "config, message",
     [
-        *(
-            ({name: 0}, f"`{name}` must be at least 1, got 0")
-            for name in (
-                "height",
-                "width",
-                "code_depth",
-                "codebook_size",
-                "codebook_dim",
-                "num_attention_heads",
-                "attention_head_dim",
-            )
-        ),
+        *(({name: 0}, f"`{name}` must be at least 1, got 0") for name in SIZES),
+        ({"num_depth_layers": 0}, "`num_depth_layers` must be at least 1 with `code_depth` 4, got 0"),
         ({"num_classes": 5, "text_vocab_size": 7}, "not both: got 5 and 7"),
         ({"text_loss_weight": 1.5}, r"`text_loss_weight` must lie in \[0, 1\], got 1.5"),
     ],

@@ -15,6 +15,7 @@ from accelerate import cpu_offload
 from components import (
     CONDITIONS,
     MAX_TEXT_LENGTH,
+    SIZES,
     random_codes,
     random_condition,
     tiny_rq_pipeline,
@@ -512,22 +513,7 @@ def test_documented_defaults_are_those_of_the_signature(function):
 @pytest.mark.parametrize(
     "config, message",
     [
-        *(
-            ({name: 0}, f"`{name}` must be at least 1, got 0")
-            for name in (
-                "height",
-                "width",
-                "code_depth",
-                "codebook_size",
-                "codebook_dim",
-                "num_spatial_layers",
-                "num_attention_heads",
-                "attention_head_dim",
-                "num_classes",
-                "text_vocab_size",
-                "max_text_length",
-            )
-        ),
+        *(({name: 0}, f"`{name}` must be at least 1, got 0") for name in SIZES),
         ({"num_depth_layers": 0}, "`num_depth_layers` must be at least 1 with `code_depth` 4, got 0"),
         ({"num_classes": 5, "text_vocab_size": 7}, "`num_classes` or `text_vocab_size`, not both: got 5 and 7"),
         ({"text_loss_weight": 1.5}, r"`text_loss_weight` must lie in \[0, 1\], got 1.5"),

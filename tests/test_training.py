@@ -485,6 +485,18 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(problem, 
     assert all(torch.equal(tensor, expected[key]) for key, tensor in weights_in(tmp_path / "stopped").items())
 
 
+def test_where_nothing_is_validated_the_weights_are_not_exchanged_for_the_averages(problem, tmp_path, monkeypatch):
+    stored, store = [], training_run.AveragedWeights.store
+    monkeypatch.setattr(training_run.AveragedWeights, "store", lambda *args: stored.append(store(*args)))
+    flags = dict(train_batch_size=5, max_train_steps=3, validation_steps=2)
+    for name, expected, looks in (("nothing", 0, dict(validation_split="none")),
+                                  ("images", 2, dict(validation_split="none", num_validation_images=2)),
+                                  ("losses", 2, dict(validation_split="test"))):  # fmt: skip
+        stored.clear()
+        train("train_imagenet", problem, tmp_path / name, **flags, **looks)
+        assert len(stored) == expected, name
+
+
 def test_a_signal_in_the_last_validation_leaves_a_checkpoint_too(problem, tmp_path, monkeypatch):
     flags = dict(train_batch_size=5, max_train_steps=3, validation_split="test", checkpointing_steps=10)
     train("train_imagenet", problem, tmp_path / "whole", **flags)

@@ -39,6 +39,27 @@ class CodeTransformerMixin(AttentionMixin):
     _repeated_blocks = ["SpatialTransformerBlock", "DepthTransformerBlock"]
     _skip_layerwise_casting_patterns = ["codebook", "norm", "embedding"]
 
+    def _check_config(self) -> None:
+        """Refuse, with a `ValueError`, sizes that no model has, two kinds of condition, or a weight out of range."""
+        config = self.config
+        for name in ("height", "width", "code_depth", "codebook_size", "codebook_dim", "num_spatial_layers",
+                     "num_attention_heads", "attention_head_dim", "num_classes", "text_vocab_size",
+                     "max_text_length"):  # fmt: skip
+            if config[name] is not None and config[name] < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {config[name]}.")
+        if config.num_depth_layers < (config.code_depth > 1):
+            raise ValueError(
+                f"`num_depth_layers` must be at least {int(config.code_depth > 1)} with `code_depth` "
+                f"{config.code_depth}, got {config.num_depth_layers}."
+            )
+        if config.num_classes is not None and config.text_vocab_size is not None:
+            raise ValueError(
+                f"Give `num_classes` or `text_vocab_size`, not both: got {config.num_classes} and "
+                f"{config.text_vocab_size}."
+            )
+        if not 0 <= config.text_loss_weight <= 1:
+            raise ValueError(f"`text_loss_weight` must lie in [0, 1], got {config.text_loss_weight}.")
+
     def compile_repeated_blocks(self, *args, dynamic: bool | None = True, **kwargs) -> None:
         """As in diffusers, but by default for all shapes at once: sampling calls a block with many (batch, guidance,
         cached codes), and torch gives up after compiling a function eight times."""

@@ -68,6 +68,9 @@ class ContextualRQTransformerModel(ModelCardMixin, CodeTransformerMixin, ModelMi
             all places of a row is the null text.
         max_text_length (`int`, defaults to 32): Tokens of a text.
         text_loss_weight (`float`, defaults to 0.1): Weight of the text loss; the image loss has the rest.
+
+    Raises:
+        `ValueError`: a number out of its range, or two kinds of condition.
     """
 
     @register_to_config
@@ -90,23 +93,7 @@ class ContextualRQTransformerModel(ModelCardMixin, CodeTransformerMixin, ModelMi
         text_loss_weight: float = 0.1,
     ):
         super().__init__()
-        for name, value in dict(
-            height=height,
-            width=width,
-            code_depth=code_depth,
-            codebook_size=codebook_size,
-            codebook_dim=codebook_dim,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-        ).items():
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if num_classes is not None and text_vocab_size is not None:
-            raise ValueError(
-                f"Give `num_classes` or `text_vocab_size`, not both: got {num_classes} and {text_vocab_size}."
-            )
-        if not 0 <= text_loss_weight <= 1:
-            raise ValueError(f"`text_loss_weight` must lie in [0, 1], got {text_loss_weight}.")
+        self._check_config()
 
         dim = num_attention_heads * attention_head_dim
         self.mask_embedding = nn.Parameter(torch.empty(codebook_dim))

@@ -105,32 +105,7 @@ class RQTransformerModel(ModelCardMixin, CodeTransformerMixin, ModelMixin, Confi
         learned_code_embedding: bool = False,
     ):
         super().__init__()
-        for name, value in dict(
-            height=height,
-            width=width,
-            code_depth=code_depth,
-            codebook_size=codebook_size,
-            codebook_dim=codebook_dim,
-            num_spatial_layers=num_spatial_layers,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-            num_classes=num_classes,
-            text_vocab_size=text_vocab_size,
-            max_text_length=max_text_length,
-        ).items():
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if num_depth_layers < (code_depth > 1):
-            raise ValueError(
-                f"`num_depth_layers` must be at least {int(code_depth > 1)} with `code_depth` {code_depth}, "
-                f"got {num_depth_layers}."
-            )
-        if num_classes is not None and text_vocab_size is not None:
-            raise ValueError(
-                f"Give `num_classes` or `text_vocab_size`, not both: got {num_classes} and {text_vocab_size}."
-            )
-        if not 0 <= text_loss_weight <= 1:
-            raise ValueError(f"`text_loss_weight` must lie in [0, 1], got {text_loss_weight}.")
+        self._check_config()
         if null_condition and num_classes is None and text_vocab_size is None:
             raise ValueError("`null_condition` must be False for an unconditional model, got True.")
         if learned_code_embedding and code_depth > 1:

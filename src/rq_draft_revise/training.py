@@ -319,11 +319,10 @@ def train(
 
     # 2. The run, which a checkpoint may have brought on its way
     run = TrainingRun(args, accelerator, project, num_images, batches_from.digest)
+    validation_codes = {name: codes for name, (codes, _) in validation_sets.items()}
     accelerator.print(
         f"parameters: {sum(p.numel() for p in parameters):,}\n"
-        f"images: {'unknown number of' if num_images is None else f'{num_images:,}'} training"
-        + "".join(f", {len(codes):,} {name}" for name, (codes, _) in validation_sets.items())
-        + f"; skipped rows: {skipped}\n"
+        f"{run.describe_images(validation_codes)}; skipped rows: {skipped}\n"
         f"codes: {config.height}x{config.width}x{config.code_depth} of {config.codebook_size:,}\n{run.describe()}"
     )
 
@@ -352,7 +351,10 @@ def train(
     # number of micro-batches, and DistributedDataParallel the gradients by the number of processes.
     num_parts = accelerator.num_processes * args.gradient_accumulation_steps
     batches = batches_from(run.images_seen, run.place or (0, 0))
-    for fraction in run.steps(parameters, validate, lambda means: (means, losses_line(means))):
+    has_validation = validation_sets or args.num_validation_images
+    for fraction in run.steps(
+        parameters, validate if has_validation else None, lambda means: (means, losses_line(means))
+    ):
         run.learning_rate = learning_rate_at(
             run.step, fraction, args.learning_rate, args.lr_scheduler, args.lr_warmup_steps
         )

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,11 @@ class TrainingRun:
         self._guard.num_skipped = before["skipped_steps"]
         self._first_step, self._begins_with_bad_loss = self.step, before["is_loss_bad"]
         self._window = LogWindow(accelerator, before["window"])
+
+    def describe_images(self, validation: dict[str, Sized]) -> str:
+        """How many images there are to train on and, by split, to validate on: for a person."""
+        training = "unknown number of" if self.num_images is None else f"{self.num_images:,}"
+        return f"images: {training} training" + "".join(f", {len(rows):,} {name}" for name, rows in validation.items())
 
     def describe(self) -> str:
         """Batch and steps, two lines for a person."""
